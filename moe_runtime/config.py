@@ -1,0 +1,171 @@
+"""ModelConfig: the facts of a model, read from config.json and checked once.
+
+Letters: D model width, L layers, H query heads, G kv heads, C head width, E experts,
+K experts a token, F expert width, V vocabulary, W sliding window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.errors import CheckpointError, UnsupportedModelError
+
+_LARGEST = 2**31 - 1  # of any single size in a config
+MAX_MODEL_SIZE = {
+    "num_layers": 1024,
+    "model_width": 65536,
+    "num_heads": 1024,
+    "head_width": 1024,
+    "num_experts": 4096,
+    "expert_width": 262144,
+    "vocab_size": 4_194_304,
+}
+
+
+@dataclass(frozen=True)
+class YarnRope:
+    """Rotary embedding with YaRN scaling (arXiv 2309.00071) as GPT-OSS uses it."""
+
+    theta: float
+    factor: float
+    beta_fast: float
+    beta_slow: float
+    original_context: int
+    truncate: bool  # whether the ramp's edges are rounded to whole dimensions
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and constants of a GPT-OSS-like decoder; a field without a true default has none."""
+
+    family: str  # "gpt_oss"
+    num_layers: int
+    model_width: int  # D
+    num_heads: int  # H
+    num_kv_heads: int  # G
+    head_width: int  # C
+    num_experts: int  # E
+    experts_per_token: int  # K
+    expert_width: int  # F
+    vocab_size: int  # V
+    sliding_window: int  # W, the query counted
+    layer_is_sliding: tuple[bool, ...]
+    norm_eps: float
+    rope: YarnRope
+    swiglu_limit: float
+    swiglu_alpha: float
+    max_context: int  # positions the model was made for
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def qkv_width(self) -> int:
+        """Rows of the fused q, k, v projection."""
+        return (self.num_heads + 2 * self.num_kv_heads) * self.head_width
+
+    @property
+    def attention_width(self) -> int:
+        """Columns of the output projection: H * C."""
+        return self.num_heads * self.head_width
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Letters of tensor shapes, for the loaders' name tables."""
+        return {
+            "D": self.model_width,
+            "H": self.num_heads,
+            "Q": self.num_heads * self.head_width,
+            "KV": self.num_kv_heads * self.head_width,
+            "QKV": self.qkv_width,
+            "E": self.num_experts,
+            "F": self.expert_width,
+            "2F": 2 * self.expert_width,
+            "V": self.vocab_size,
+        }
+
+
+class ConfigReader:
+    """Typed reads from a config mapping; each failure names the file, the key and what it found."""
+
+    def __init__(self, values: Mapping[str, Any], file: str = "config.json") -> None:
+        self.values = values
+        self.file = file
+
+    def integer(
+        self,
+        *keys: str,
+        minimum: int = 1,
+        maximum: int = _LARGEST,
+        default: int | None = None,
+    ) -> int:
+        """The first of `keys` present, as an int within bounds."""
+        key, value = self._find(keys, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise self.error(key, value, "a whole number")
+        if not minimum <= value <= maximum:
+            raise self.error(key, value, f"a whole number from {minimum} to {maximum}")
+        return value
+
+    def number(
+        self, *keys: str, minimum: float = 0.0, default: float | None = None
+    ) -> float:
+        """The first of `keys` present, as a finite float above `minimum`."""
+        key, value = self._find(keys, default)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise self.error(key, value, "a number")
+        if isinstance(value, int) and abs(value) > 2**1000:
+            raise self.error(key, "an enormous integer", "a number")
+        if not math.isfinite(value) or value <= minimum:
+            raise self.error(key, value, f"a finite number above {minimum:g}")
+        return float(value)
+
+    def boolean(self, key: str, *, default: bool) -> bool:
+        """A JSON true or false."""
+        value = self.values.get(key, default)
+        if not isinstance(value, bool):
+            raise self.error(key, value, "true or false")
+        return value
+
+    def mapping(self, key: str) -> "ConfigReader":
+        """A nested JSON object, read with this reader's rules."""
+        value = self.values.get(key)
+        if not isinstance(value, Mapping):
+            raise self.error(key, value, "a JSON object")
+        return ConfigReader(value, f"{self.file}: {key}")
+
+    def error(self, key: str, found: Any, expected: str) -> CheckpointError:
+        """The error for a bad value of one key."""
+        shown = repr(found)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {shown}")
+
+    def _find(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
+        for key in keys:
+            if self.values.get(key) is not None:
+                return key, self.values[key]
+        if default is not None:
+            return keys[0], default
+        raise CheckpointError(
+            f"{self.file}: {keys[0]} is missing",
+            hint="the file is incomplete: download the checkpoint again",
+        )
+
+
+def eos_ids(value: Any, vocab_size: int, file: str) -> tuple[int, ...]:
+    """eos_token_id as a tuple: absent, one id or a list of ids, each within the vocabulary."""
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    for token_id in ids:
+        if isinstance(token_id, bool) or not isinstance(token_id, int):
+            raise CheckpointError(f"{file}: eos_token_id: expected whole numbers, found {value!r}")
+        if not 0 <= token_id < vocab_size:
+            raise CheckpointError(
+                f"{file}: eos_token_id: {token_id} is outside the vocabulary of {vocab_size}"
+            )
+    return tuple(ids)
+
+
+def unsupported(feature: str, supported: str) -> UnsupportedModelError:
+    """The error for a feature we lack: names it and what there is instead."""
+    return UnsupportedModelError(f"not supported: {feature}", hint=f"supported: {supported}")
