@@ -1,0 +1,29 @@
+"""Plain-torch twins of kernels/gemv_bf16.py."""
+
+from torch import Tensor
+
+from kernels.reference.rms_norm import rms_norm
+
+
+def gemv(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    norm: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 0.0,
+    add: bool = False,
+) -> Tensor:
+    """out [N] = weight [N, K] @ rms_norm(x [K]) + bias [N], or added to out; all in fp32."""
+    if norm is not None:
+        x = rms_norm(x[None], norm.float(), eps)[0]
+    y = weight.float() @ x
+    if bias is not None:
+        y = y + bias.float()
+    return out.add_(y) if add else out.copy_(y)
+
+
+def embedding(token: Tensor, table: Tensor, out: Tensor) -> Tensor:
+    """out [D] fp32 = table [V, D][token [1]]."""
+    return out.copy_(table[token.long()[0]])

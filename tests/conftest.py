@@ -1,0 +1,17 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter."""
+
+import os
+
+import torch
+
+# Triton reads the variable when it is imported, so it is set before anything imports a kernel.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where kernels run: the GPU if there is one, else the CPU through the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
