@@ -1,0 +1,231 @@
+"""Write a full-size GPT-OSS checkpoint of random weights in the published format.
+
+    python benchmarks/write_random_checkpoint.py --shape 20b --output /dev/shm/gpt-oss-20b
+
+Numbers are drawn on the GPU if there is one and written by several threads. Dense weights are
+normal with deviation 0.02, norms 1, biases and sinks normal with 0.1, MXFP4 codes uniform, scale
+bytes 119 to 121 (weights of about 0.02): nothing is zero, nothing overflows. There is no tokenizer:
+such a checkpoint takes and gives token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+SHAPES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts
+WIDTH, EXPERT_WIDTH, VOCAB = 2880, 2880, 201088
+HEADS, KV_HEADS, HEAD_WIDTH = 64, 8, 64
+SHARD_BYTES = 5_000_000_000
+CHUNK_BYTES = 256 << 20
+DTYPES = {"BF16": (torch.bfloat16, 2), "U8": (torch.uint8, 1)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the file: what it is called, its shape and how its numbers are drawn."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str  # weight, norm, small, codes or scales
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype][1]
+
+
+def entries(layers: int, experts: int) -> list[Entry]:
+    """All tensors of a GPT-OSS of this size, in the Hugging Face layout."""
+    q, kv = HEADS * HEAD_WIDTH, KV_HEADS * HEAD_WIDTH
+    found = [
+        Entry("model.embed_tokens.weight", "BF16", (VOCAB, WIDTH), "weight"),
+        Entry("lm_head.weight", "BF16", (VOCAB, WIDTH), "weight"),
+        Entry("model.norm.weight", "BF16", (WIDTH,), "norm"),
+    ]
+    for i in range(layers):
+        layer = f"model.layers.{i}."
+        attention, mlp = layer + "self_attn.", layer + "mlp."
+        found += [
+            Entry(layer + "input_layernorm.weight", "BF16", (WIDTH,), "norm"),
+            Entry(layer + "post_attention_layernorm.weight", "BF16", (WIDTH,), "norm"),
+            Entry(attention + "sinks", "BF16", (HEADS,), "small"),
+            Entry(mlp + "router.weight", "BF16", (experts, WIDTH), "weight"),
+            Entry(mlp + "router.bias", "BF16", (experts,), "small"),
+        ]
+        for name, rows, columns in (
+            ("q", q, WIDTH),
+            ("k", kv, WIDTH),
+            ("v", kv, WIDTH),
+            ("o", WIDTH, q),
+        ):
+            found.append(Entry(f"{attention}{name}_proj.weight", "BF16", (rows, columns), "weight"))
+            found.append(Entry(f"{attention}{name}_proj.bias", "BF16", (rows,), "small"))
+        for name, rows, columns in (
+            ("gate_up_proj", 2 * EXPERT_WIDTH, WIDTH),
+            ("down_proj", WIDTH, EXPERT_WIDTH),
+        ):
+            stem = f"{mlp}experts.{name}"
+            groups = columns // 32
+            found.append(Entry(stem + "_blocks", "U8", (experts, rows, groups, 16), "codes"))
+            found.append(Entry(stem + "_scales", "U8", (experts, rows, groups), "scales"))
+            found.append(Entry(stem + "_bias", "BF16", (experts, rows), "small"))
+    return found
+
+
+def config(layers: int, experts: int) -> dict:
+    """config.json with the published keys."""
+    return {
+        "architectures": ["GptOssForCausalLM"],
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "eos_token_id": 200002,
+        "pad_token_id": 199999,
+        "experts_per_token": 4,
+        "num_experts_per_tok": 4,
+        "head_dim": HEAD_WIDTH,
+        "hidden_act": "silu",
+        "hidden_size": WIDTH,
+        "initial_context_length": 4096,
+        "intermediate_size": EXPERT_WIDTH,
+        "layer_types": ["sliding_attention", "full_attention"] * (layers // 2),
+        "max_position_embeddings": 131072,
+        "num_attention_heads": HEADS,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": KV_HEADS,
+        "num_local_experts": experts,
+        "quantization_config": {
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
+            "quant_method": "mxfp4",
+        },
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "factor": 32.0,
+            "original_max_position_embeddings": 4096,
+            "rope_type": "yarn",
+            "truncate": False,
+        },
+        "rope_theta": 150000,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "tie_word_embeddings": False,
+        "vocab_size": VOCAB,
+    }
+
+
+def draw(kind: str, dtype: str, items: int, device: torch.device) -> Tensor:
+    """`items` random numbers of one kind on the device."""
+    if kind == "codes":
+        return torch.randint(0, 256, (items,), dtype=torch.uint8, device=device)
+    if kind == "scales":
+        return torch.randint(119, 122, (items,), dtype=torch.uint8, device=device)
+    torch_dtype = DTYPES[dtype][0]
+    if kind == "norm":
+        return torch.ones(items, dtype=torch_dtype, device=device)
+    deviation = 0.02 if kind == "weight" else 0.1
+    return torch.randn(items, dtype=torch.float32, device=device).mul_(deviation).to(torch_dtype)
+
+
+def shards(found: list[Entry]) -> list[list[Entry]]:
+    """Split into files of about SHARD_BYTES, in order."""
+    parts: list[list[Entry]] = [[]]
+    for entry in found:
+        if parts[-1] and sum(e.nbytes for e in parts[-1]) + entry.nbytes > SHARD_BYTES:
+            parts.append([])
+        parts[-1].append(entry)
+    return parts
+
+
+def write_shard(
+    path: Path, part: list[Entry], device: torch.device, pool: ThreadPoolExecutor, bar: tqdm
+) -> None:
+    """One safetensors file: header, then chunks drawn here and written by the pool."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for entry in part:
+        end = offset + entry.nbytes
+        header[entry.name] = {
+            "dtype": entry.dtype,
+            "shape": list(entry.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    raw = json.dumps(header).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.pwrite(file, len(raw).to_bytes(8, "little") + raw, 0)
+    os.ftruncate(file, start + offset)
+    pending: list[Future[int]] = []
+    for entry in part:
+        item_bytes = DTYPES[entry.dtype][1]
+        items, done = math.prod(entry.shape), 0
+        while done < items:
+            count = min(items - done, CHUNK_BYTES // item_bytes)
+            chunk = draw(entry.kind, entry.dtype, count, device).cpu().view(torch.uint8).numpy()
+            pending.append(pool.submit(os.pwrite, file, memoryview(chunk), start + done * item_bytes))
+            done += count
+            bar.update(chunk.nbytes)
+            while len(pending) > 32:
+                pending.pop(0).result()
+        start += entry.nbytes
+    for write in pending:
+        write.result()
+    os.close(file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--shape", choices=SHAPES, default="20b")
+    parser.add_argument("--layers", type=int, help="fewer layers than published, to try things out")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    layers, experts = SHAPES[options.shape]
+    layers = options.layers or layers
+    torch.manual_seed(options.seed)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = entries(layers, experts)
+    total = sum(entry.nbytes for entry in found)
+    options.output.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(options.output).free
+    if free < total:
+        parser.error(f"{options.output}: needs {total / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
+    parts = shards(found)
+    weight_map = {}
+    with (
+        ThreadPoolExecutor(8) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="random weights") as bar,
+    ):
+        for number, part in enumerate(parts):
+            name = f"model-{number:05d}-of-{len(parts) - 1:05d}.safetensors"
+            write_shard(options.output / name, part, device, pool, bar)
+            weight_map |= {entry.name: name for entry in part}
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (options.output / "model.safetensors.index.json").write_text(json.dumps(index))
+    (options.output / "config.json").write_text(json.dumps(config(layers, experts), indent=1))
+    generation = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
+    (options.output / "generation_config.json").write_text(json.dumps(generation))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""Measuring a loaded model: decode speed by context, time to first token, share of bandwidth.
+
+Decode speed is taken by difference: SHORT_TOKENS, then SHORT_TOKENS + N after the same length of
+fresh random prompt, greedy, end token ignored; prefill and the cost of a request cancel out.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import random
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kernels.read_bandwidth import read_bandwidth
+from moe_runtime import __version__
+from moe_runtime.model import MoeModel
+
+SHORT_TOKENS = 8
+COLUMNS = (
+    "date",
+    "commit",
+    "gpu",
+    "runtime",
+    "model",
+    "formats",
+    "context",
+    "metric",
+    "value",
+    "unit",
+)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One figure with the context it was taken at."""
+
+    metric: str  # the unit is its last word or words: decode_tokens_per_s, first_token_ms
+    context: int  # tokens in the cache or the prompt when the measurement began
+    value: float
+    unit: str
+
+
+def measure_decode(
+    model: MoeModel, context: int, tokens: int, repeats: int, on_step: Callable[[], None]
+) -> list[Measurement]:
+    """Decode speed after `context` tokens over `tokens` new ones: median, least and most."""
+    _generate_s(model, context, SHORT_TOKENS + tokens)
+    on_step()
+    speeds = []
+    for _ in range(repeats):
+        short = _generate_s(model, context, SHORT_TOKENS)
+        speeds.append(tokens / (_generate_s(model, context, SHORT_TOKENS + tokens) - short))
+        on_step()
+    return [
+        Measurement("decode_tokens_per_s", context, statistics.median(speeds), "tokens/s"),
+        Measurement("decode_tokens_per_s_min", context, min(speeds), "tokens/s"),
+        Measurement("decode_tokens_per_s_max", context, max(speeds), "tokens/s"),
+    ]
+
+
+def measure_first_token(
+    model: MoeModel, prompt_tokens: int, repeats: int, on_step: Callable[[], None]
+) -> Measurement:
+    """Median time of a whole request of one new token, in ms."""
+    _generate_s(model, prompt_tokens, 1)
+    times = []
+    for _ in range(repeats):
+        times.append(_generate_s(model, prompt_tokens, 1))
+        on_step()
+    return Measurement("first_token_ms", prompt_tokens, 1e3 * statistics.median(times), "ms")
+
+
+def bandwidth_share(model: MoeModel, decode: Measurement, gbps: float) -> Measurement:
+    """Bytes read a second while decoding over the measured read bandwidth (GB/s)."""
+    read = sum(model.plan.decode_bytes(decode.context).values())
+    share = read * decode.value / (gbps * 1e9)
+    return Measurement("bandwidth_share", decode.context, share, "share")
+
+
+def run_bench(
+    model_name: str,
+    *,
+    revision: str | None,
+    device: str,
+    backend: str,
+    contexts: Sequence[int],
+    prompts: Sequence[int],
+    tokens: int,
+    repeats: int,
+    max_context: int | None,
+    on_step: Callable[[], None],
+) -> BenchReport:
+    """Load a model and take every figure; on_step is called after each timed run."""
+    longest = max(*prompts, max(contexts) + SHORT_TOKENS + tokens)
+    with MoeModel.from_pretrained(
+        model_name,
+        revision=revision,
+        device=device,
+        backend=backend,
+        max_context=max_context or longest,
+    ) as model:
+        _generate_s(model, min(prompts), 1)
+        found = [Measurement("start_s", min(prompts), process_age_s(), "s")]
+        for length in prompts:
+            found.append(measure_first_token(model, length, repeats, on_step))
+        bandwidth = read_bandwidth(model.device)
+        for context in contexts:
+            decode = measure_decode(model, context, tokens, repeats, on_step)
+            found += [*decode, bandwidth_share(model, decode[0], bandwidth.gbps)]
+        return BenchReport(
+            gpu=device_name(model.device),
+            backend=model.backend,
+            formats="dense=bf16 experts=mxfp4",
+            read_gbps=bandwidth.gbps,
+            measurements=found,
+        )
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """All figures of one run and what they were taken on."""
+
+    gpu: str
+    backend: str
+    formats: str
+    read_gbps: float  # measured read bandwidth of the device
+    measurements: list[Measurement]
+
+    def table(self) -> str:
+        """Aligned lines for a person."""
+        lines = [f"{self.gpu}, {self.backend} backend, {self.formats}, batch 1",
+                 f"{'measured read bandwidth':32}{self.read_gbps:10.0f} GB/s"]  # fmt: skip
+        for m in self.measurements:
+            label = f"{m.metric} @ {m.context}"
+            value = f"{100 * m.value:10.1f} %" if m.unit == "share" else f"{m.value:10.1f} {m.unit}"
+            lines.append(f"{label:32}{value}")
+        return "\n".join(lines)
+
+    def as_dict(self, model: str) -> dict[str, Any]:
+        """The report as JSON-ready data."""
+        return {"model": model, "runtime": f"moe_runtime {__version__}", **asdict(self)}
+
+    def append_csv(self, path: Path, model: str) -> None:
+        """Append one row a figure; a new file gets the header."""
+        new = not path.exists()
+        with path.open("a", newline="") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            if new:
+                writer.writerow(COLUMNS)
+            for m in self.measurements:
+                row = [date.today().isoformat(), commit(), self.gpu, f"moe_runtime {__version__}"]
+                figure = [m.context, m.metric, f"{m.value:.6g}", m.unit]
+                writer.writerow([*row, model, self.formats, *figure])
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the CPU's architecture."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU {platform.machine()} x{torch.get_num_threads()}"
+
+
+def process_age_s() -> float:
+    """Seconds since this process was started, from the kernel's own figures (Linux)."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    uptime = float(Path("/proc/uptime").read_text().split()[0])
+    return uptime - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def commit() -> str:
+    """Short hash of the source tree's commit, or "unknown" outside one."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return done.stdout.strip() or "unknown"
+
+
+def _generate_s(model: MoeModel, context: int, tokens: int) -> float:
+    """Seconds of one greedy request on a fresh random prompt."""
+    vocab_size = model.config.vocab_size
+    prompt = [random.randrange(vocab_size) for _ in range(context)]
+    begin = time.perf_counter()
+    generation = model.generate(prompt, max_new_tokens=tokens, temperature=0.0, ignore_eos=True)
+    seconds = time.perf_counter() - begin
+    if len(generation.token_ids) != tokens:
+        raise RuntimeError(f"asked for {tokens} tokens, got {len(generation.token_ids)}")
+    return seconds

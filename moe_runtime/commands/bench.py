@@ -1,0 +1,89 @@
+"""`moe-runtime bench`: how fast a model starts, answers and decodes here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from moe_runtime.commands.common import (
+    device_option,
+    json_option,
+    model_argument,
+    print_json,
+    revision_option,
+    verb,
+)
+
+
+@verb(
+    "bench",
+    examples="""
+    moe-runtime bench demo
+    moe-runtime bench openai/gpt-oss-20b --context 128 --context 8192
+    moe-runtime bench ./checkpoint --tokens 512 --csv results.csv
+    """,
+)
+@model_argument
+@revision_option
+@device_option
+@click.option("--backend", default="auto", show_default=True, metavar="BACKEND",
+              help="auto, reference or triton.")  # fmt: skip
+@click.option("--context", "contexts", multiple=True, type=click.IntRange(min=1), metavar="N",
+              help="Tokens before decoding is timed; repeatable. Default: 128.")  # fmt: skip
+@click.option("--prompt-tokens", "prompts", multiple=True, type=click.IntRange(min=1), metavar="N",
+              help="Prompt lengths for the time to first token; repeatable. Default: 128.")  # fmt: skip
+@click.option("--tokens", default=256, show_default=True, type=click.IntRange(min=8), metavar="N",
+              help="New tokens whose decoding is timed.")  # fmt: skip
+@click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), metavar="N",
+              help="Timed repeats of each figure; medians are shown.")  # fmt: skip
+@click.option("--max-context", type=click.IntRange(min=1), metavar="N",
+              help="Tokens the cache is made for; default: what the measurements need.")  # fmt: skip
+@click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path),
+              help="Append the figures to this file.")  # fmt: skip
+@click.option("--name", metavar="NAME", help="Model name in the CSV; default: MODEL.")
+@json_option
+def command(
+    model: str,
+    revision: str | None,
+    device: str,
+    backend: str,
+    contexts: tuple[int, ...],
+    prompts: tuple[int, ...],
+    tokens: int,
+    repeats: int,
+    max_context: int | None,
+    csv_path: Path | None,
+    name: str | None,
+    as_json: bool,
+) -> None:
+    """Measure start-up, time to first token and decode speed of MODEL on this machine.
+
+    Prompts are fresh random tokens, decoding is greedy, the end token is ignored. The share is
+    bytes read for a token times tokens a second, over the read bandwidth measured here.
+    """
+    # Slow import: torch.
+    from moe_runtime.benchmark import run_bench
+
+    contexts, prompts = contexts or (128,), prompts or (128,)
+    steps = len(contexts) * (repeats + 1) + len(prompts) * repeats
+    with tqdm(total=steps, desc="bench", unit="run", disable=as_json or None) as bar:
+        report = run_bench(
+            model,
+            revision=revision,
+            device=device,
+            backend=backend,
+            contexts=contexts,
+            prompts=prompts,
+            tokens=tokens,
+            repeats=repeats,
+            max_context=max_context,
+            on_step=bar.update,
+        )
+    if csv_path:
+        report.append_csv(csv_path, name or model)
+    if as_json:
+        print_json(report.as_dict(name or model))
+    else:
+        click.echo(report.table())

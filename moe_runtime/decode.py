@@ -1,0 +1,221 @@
+"""The decode step: one token in, the next token out, without the host.
+
+step() launches, for every layer, seven kernels; on CUDA it is captured once as a graph and
+replayed. Every buffer is allocated here, once: a captured graph keeps addresses.
+
+Buffers, all on the device: residual [D] fp32 is the stream through the layers; the request's
+state (token, position, step, settings) is SamplingState, which the last kernel moves on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gemv_bf16 import embedding, gemv
+from kernels.moe_gemv import moe_down, moe_gate_up
+from kernels.rope_kv import rope_and_cache
+from kernels.router_topk import router_topk
+from kernels.sampling import SamplingState, make_state, sample
+from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
+from moe_runtime.cache import KVCache
+from moe_runtime.config import ModelConfig
+from quant.tensor import QuantTensor
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer's weights as the kernels read them: dense bf16, experts as published."""
+
+    attention_norm: Tensor
+    qkv: Tensor
+    qkv_bias: Tensor
+    sinks: Tensor
+    out: Tensor
+    out_bias: Tensor
+    moe_norm: Tensor
+    router: Tensor
+    router_bias: Tensor
+    gate_up: QuantTensor
+    gate_up_bias: Tensor
+    down: QuantTensor
+    down_bias: Tensor
+
+
+@dataclass(frozen=True)
+class ModelWeights:
+    """All weights of a GPT-OSS model on one device."""
+
+    embedding: Tensor
+    final_norm: Tensor
+    head: Tensor
+    layers: list[LayerWeights]
+
+    @classmethod
+    def from_named(
+        cls, weights: dict[str, Tensor | QuantTensor], config: ModelConfig
+    ) -> ModelWeights:
+        """Gather the loader's names into the order of use."""
+
+        def dense(name: str) -> Tensor:
+            tensor = weights[name]
+            assert isinstance(tensor, Tensor), name
+            return tensor
+
+        def quantized(name: str) -> QuantTensor:
+            tensor = weights[name]
+            assert isinstance(tensor, QuantTensor), name
+            return tensor
+
+        layers = []
+        for i in range(config.num_layers):
+            attention, moe = f"layers.{i}.attention.", f"layers.{i}.moe."
+            layers.append(
+                LayerWeights(
+                    attention_norm=dense(attention + "norm"),
+                    qkv=dense(attention + "qkv"),
+                    qkv_bias=dense(attention + "qkv_bias"),
+                    sinks=dense(attention + "sinks"),
+                    out=dense(attention + "out"),
+                    out_bias=dense(attention + "out_bias"),
+                    moe_norm=dense(moe + "norm"),
+                    router=dense(moe + "router"),
+                    router_bias=dense(moe + "router_bias"),
+                    gate_up=quantized(moe + "gate_up"),
+                    gate_up_bias=dense(moe + "gate_up_bias"),
+                    down=quantized(moe + "down"),
+                    down_bias=dense(moe + "down_bias"),
+                )
+            )
+        return cls(dense("embedding"), dense("final_norm"), dense("head"), layers)
+
+
+class DecodeStep:
+    """The kernels of one token, captured as CUDA graphs with and without a cut distribution."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        cache: KVCache,
+        rope: tuple[Tensor, Tensor],
+        max_context: int,
+    ) -> None:
+        c = config
+        device = weights.head.device
+        self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
+        self.state: SamplingState = make_state(c.vocab_size, max_context + 1, device)
+        group = head_group(c.num_heads, c.num_kv_heads)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self.residual = buffer(c.model_width)
+        self.qkv = buffer(c.qkv_width)
+        self.q = buffer(1, c.num_heads, c.head_width, dtype=cache.keys[0].dtype)
+        self.attention = buffer(c.num_heads, c.head_width)
+        self.split_acc = buffer(c.num_kv_heads, SPLITS, group, c.head_width)
+        self.split_stats = buffer(c.num_kv_heads, SPLITS, group, 2)
+        self.split_ticket = buffer(c.num_kv_heads, dtype=torch.int32)
+        self.router_logits = buffer(c.num_experts)
+        self.router_ticket = buffer(1, dtype=torch.int32)
+        self.expert_ids = buffer(c.experts_per_token, dtype=torch.int32)
+        self.expert_weights = buffer(c.experts_per_token)
+        self.packed = buffer(4, c.model_width // 8, 2, dtype=torch.float16)
+        self.unscale = buffer(1)
+        self.hidden = buffer(c.experts_per_token, 4, c.expert_width // 8, 2, dtype=torch.float16)
+        self.logits = buffer(c.vocab_size)
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def capture(self) -> None:
+        """Compile every kernel and record both graphs (CUDA only)."""
+        for filtered in (False, True):
+            self.step(filtered=filtered)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(filtered=filtered)
+            self._graphs[filtered] = graph
+
+    def replay(self, *, filtered: bool) -> None:
+        """Feed state.token at state.position and draw the next: one graph launch on CUDA."""
+        graph = self._graphs.get(filtered)
+        if graph is None:
+            self.step(filtered=filtered)
+        else:
+            graph.replay()
+
+    def step(self, *, filtered: bool) -> None:
+        """Launch the kernels of one token."""
+        embedding(self.state.token, self.weights.embedding, self.residual)
+        for layer, weights in enumerate(self.weights.layers):
+            self._attend(layer, weights)
+            self._mix_experts(weights)
+        self.sample_residual(filtered=filtered)
+
+    def sample_residual(self, *, filtered: bool) -> None:
+        """Logits of the residual, then one draw; moves the request one step on."""
+        w = self.weights
+        eps = self.config.norm_eps
+        gemv(self.residual, w.head, self.logits, norm=w.final_norm, eps=eps)
+        sample(self.logits, self.state, filtered=filtered)
+
+    def _attend(self, layer: int, w: LayerWeights) -> None:
+        c = self.config
+        eps = c.norm_eps
+        gemv(self.residual, w.qkv, self.qkv, norm=w.attention_norm, bias=w.qkv_bias, eps=eps)
+        k_cache, v_cache = self.cache.keys[layer], self.cache.values[layer]
+        cos, sin = self.rope
+        rope_and_cache(
+            self.qkv[None], cos, sin, self.state.position, k_cache, v_cache, self.q
+        )
+        sink_attention_decode(
+            self.q[0],
+            k_cache,
+            v_cache,
+            w.sinks,
+            self.state.position,
+            self.attention,
+            window=c.sliding_window if c.layer_is_sliding[layer] else 0,
+            acc=self.split_acc,
+            stats=self.split_stats,
+            ticket=self.split_ticket,
+        )
+        gemv(self.attention.view(-1), w.out, self.residual, bias=w.out_bias, add=True)
+
+    def _mix_experts(self, w: LayerWeights) -> None:
+        c = self.config
+        router_topk(
+            self.residual,
+            w.moe_norm,
+            w.router,
+            w.router_bias,
+            eps=c.norm_eps,
+            logits=self.router_logits,
+            ticket=self.router_ticket,
+            expert_ids=self.expert_ids,
+            expert_weights=self.expert_weights,
+            packed=self.packed,
+            unscale=self.unscale,
+        )
+        moe_gate_up(
+            self.packed,
+            self.unscale,
+            w.gate_up,
+            w.gate_up_bias,
+            self.expert_ids,
+            self.hidden,
+            limit=c.swiglu_limit,
+            alpha=c.swiglu_alpha,
+        )
+        moe_down(
+            self.hidden,
+            w.down,
+            w.down_bias,
+            self.expert_ids,
+            self.expert_weights,
+            self.residual,
+            limit=c.swiglu_limit,
+        )

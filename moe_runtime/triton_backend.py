@@ -1,0 +1,159 @@
+"""The Triton backend: prefill in chunks, then captured decode steps read a little behind."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from kernels.reference.rope_kv import rope_table
+from kernels.sampling import NO_CUT
+from moe_runtime.backend import SampledToken
+from moe_runtime.cache import KVCache
+from moe_runtime.config import ModelConfig
+from moe_runtime.decode import DecodeStep, ModelWeights
+from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
+from moe_runtime.prefill import Prefill
+from moe_runtime.reference_backend import sampling_settings, signed64
+from moe_runtime.sampling import SamplingParams
+from quant.tensor import QuantTensor
+
+STEPS_AHEAD = 3  # decode steps launched before the oldest unread token is waited for
+_LOGITS_CHUNK = 256  # rows of logits computed at once
+
+
+class TritonBackend:
+    """A Backend (see moe_runtime/backend.py) that runs our kernels on one GPU.
+
+    On a CPU it runs through Triton's interpreter, uncaptured: for tests of tiny models only.
+    """
+
+    name = "triton"
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: dict[str, Tensor | QuantTensor],
+        plan: MemoryPlan,
+        device: torch.device,
+        cache_dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        self.plan = plan
+        self.device = device
+        self.vocab_size = config.vocab_size
+        self.max_context = plan.max_context
+        model = ModelWeights.from_named(weights, config)
+        cache = KVCache.allocate(config, plan.max_context, device, cache_dtype)
+        positions = torch.arange(plan.max_context, device=device)
+        rope = rope_table(config.rope, config.head_width, positions)
+        self._step = DecodeStep(config, model, cache, rope, plan.max_context)
+        chunk = min(PREFILL_CHUNK, plan.max_context)
+        self._prefill = Prefill(config, model, cache, rope, chunk)
+        if device.type == "cuda":
+            self._warm_up()
+
+    def decode(
+        self,
+        prompt_ids: Sequence[int],
+        sampling: SamplingParams,
+        *,
+        max_new_tokens: int,
+        num_logprobs: int = 0,
+    ) -> Iterator[SampledToken]:
+        """See Backend.decode."""
+        assert len(prompt_ids) + max_new_tokens <= self.max_context + 1
+        self._start(prompt_ids, sampling)
+        filtered = sampling.filtered
+        self._step.sample_residual(filtered=filtered)
+        reader = _TokenReader(self._step, num_logprobs)
+        reader.record(0)
+        launched = 1
+        for step in range(max_new_tokens):
+            while launched < min(step + 1 + STEPS_AHEAD, max_new_tokens):
+                self._step.replay(filtered=filtered)
+                reader.record(launched)
+                launched += 1
+            yield reader.read()
+
+    def logits(self, token_ids: Sequence[int]) -> Tensor:
+        """See Backend.logits."""
+        rows = []
+        for residual_TD in self._prefill.run(self._device_ids(token_ids)):
+            for part in residual_TD.split(_LOGITS_CHUNK):
+                rows.append(self._prefill.head(part).float().cpu())
+        return torch.cat(rows)
+
+    def close(self) -> None:
+        """See Backend.close."""
+        del self._step, self._prefill
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _start(self, prompt_ids: Sequence[int], sampling: SamplingParams) -> None:
+        """Reset the request's state and run the prompt; leaves its last residual in the step."""
+        state = self._step.state
+        ids = self._device_ids(prompt_ids)
+        state.settings.copy_(sampling_settings(sampling))
+        state.seed.fill_(signed64(sampling.seed))
+        state.step.zero_()
+        state.threshold.fill_(NO_CUT)
+        state.seen.zero_()
+        state.seen[ids] = 1
+        for residual_TD in self._prefill.run(ids):
+            self._step.residual.copy_(residual_TD[-1])
+        # The draw adds one: the first new token then stands right after the prompt.
+        state.position.fill_(len(prompt_ids) - 1)
+
+    def _device_ids(self, token_ids: Sequence[int]) -> Tensor:
+        return torch.tensor(list(token_ids), dtype=torch.int64).to(self.device)
+
+    def _warm_up(self) -> None:
+        """Compile what any request needs, so that nothing compiles later, and capture the step."""
+        self._step.capture()
+        for tokens in self._prefill.warm_up_lengths():
+            for _ in self._prefill.run(torch.zeros(tokens, dtype=torch.int64, device=self.device)):
+                pass
+        torch.cuda.synchronize()
+
+
+class _TokenReader:
+    """Brings sampled tokens to the host behind the steps, on a stream of its own."""
+
+    def __init__(self, step: DecodeStep, num_logprobs: int) -> None:
+        self._step = step
+        self._num_logprobs = num_logprobs
+        self._cuda = step.logits.is_cuda
+        self._stream = torch.cuda.Stream() if self._cuda else None
+        self._pending: deque[tuple[list[Tensor], torch.cuda.Event | None]] = deque()
+
+    def record(self, step: int) -> None:
+        """Ask for the token of a step whose work has been launched."""
+        state = self._step.state
+        sources = [state.history[step], state.logprobs[step]]
+        if self._num_logprobs:
+            # Taken here, in launch order: the next step overwrites the logits.
+            best = self._step.logits.log_softmax(0).topk(self._num_logprobs)
+            sources += [best.indices, best.values]
+        if self._stream is None:
+            self._pending.append(([s.clone() for s in sources], None))
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for source in sources[2:]:  # temporaries: the buffers of the state stay
+                source.record_stream(self._stream)
+            copies = [s.to("cpu", non_blocking=True) for s in sources]
+            done = torch.cuda.Event()
+            done.record(self._stream)
+        self._pending.append((copies, done))
+
+    def read(self) -> SampledToken:
+        """The oldest token asked for; waits for it."""
+        copies, done = self._pending.popleft()
+        if done is not None:
+            done.synchronize()
+        top: tuple[tuple[int, float], ...] = ()
+        if self._num_logprobs:
+            top = tuple(zip(copies[2].tolist(), copies[3].tolist(), strict=True))
+        return SampledToken(int(copies[0]), float(copies[1]), top)
