@@ -15,11 +15,14 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import click
 
+from loaders.errors import CheckpointError, UnsupportedModelError
 from moe_runtime import __version__
 from moe_runtime.commands.common import debug_option, use_color
+from moe_runtime.errors import DoesNotFitError
 
 VERBS = {
     "generate": "Continue a prompt and print the text as it comes.",
@@ -99,7 +102,7 @@ def describe(error: Exception) -> tuple[str, str | None]:
     """What to tell the user about an error: one line, and a hint if there is one."""
     if isinstance(error, click.ClickException):
         return error.format_message(), None
-    if isinstance(getattr(error, "message", None), str) and hasattr(error, "hint"):
+    if isinstance(error, (CheckpointError, UnsupportedModelError, DoesNotFitError)):
         return error.message, error.hint
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror, None
@@ -141,5 +144,5 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _show_note(message: Warning | str, *_ignored: object) -> None:
+def _show_note(message: Warning | str, *_: Any, **__: Any) -> None:
     click.echo(f"note: {_one_line(str(message))}", err=True)

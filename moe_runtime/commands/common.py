@@ -56,5 +56,5 @@ def print_json(value: Any) -> None:
 
 
 def use_color() -> bool:
-    """Whether colours may be used at all (https://no-color.org); click still asks for a terminal."""
+    """Whether colours may be used at all (no-color.org); click still asks for a terminal."""
     return not os.environ.get("NO_COLOR")
