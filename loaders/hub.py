@@ -18,7 +18,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from huggingface_hub import HfApi, constants, hf_hub_url, snapshot_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_token,
+    hf_hub_url,
+    snapshot_download,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import are_progress_bars_disabled
@@ -94,6 +101,26 @@ def resolve(
         if repo is None:
             return cached_folder(path_or_id, revision)
         return _download(repo, progress=progress, before_weights=before_weights)
+
+
+@dataclass(frozen=True)
+class HubSettings:
+    """What huggingface_hub was told by its environment variables; never the token itself."""
+
+    endpoint: str
+    cache: Path
+    offline: bool
+    has_token: bool
+
+
+def hub_settings() -> HubSettings:
+    """The settings in force in this process."""
+    return HubSettings(
+        endpoint=constants.ENDPOINT,
+        cache=Path(constants.HF_HUB_CACHE),
+        offline=constants.HF_HUB_OFFLINE,
+        has_token=get_token() is not None,
+    )
 
 
 def local_folder(

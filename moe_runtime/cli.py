@@ -15,6 +15,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import click
@@ -77,25 +78,26 @@ def main() -> None:
 
 def run(args: Sequence[str]) -> int:
     """Run one command line and return its exit status; every error becomes lines on stderr."""
-    warnings.showwarning = _show_note
-    try:
-        status = _invoke(list(args) or ["--help"])
-        sys.stdout.flush()
-        return status
-    except BrokenPipeError:
-        # The reader went away (`| head`): the interpreter's last flush must not complain either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except click.UsageError as error:
-        return _fail(error.format_message(), f"see: {_help_command(error)}", status=2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("interrupted", err=True)
-        return 130
-    except Exception as error:  # the last door: nothing may reach the user as a traceback
-        if "--debug" in args:
-            traceback.print_exc()
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_note
+        try:
+            status = _invoke(list(args) or ["--help"])
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            # The reader went away (`| head`): the interpreter's last flush must not complain.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
-        return _fail(*describe(error), status=1)
+        except click.UsageError as error:
+            return _fail(error.format_message(), f"see: {_help_command(error)}", status=2)
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("interrupted", err=True)
+            return 130
+        except Exception as error:  # the last door: nothing may reach the user as a traceback
+            if "--debug" in args:
+                traceback.print_exc()
+                return 1
+            return _fail(*describe(error), status=1)
 
 
 def describe(error: Exception) -> tuple[str, str | None]:
@@ -144,5 +146,7 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def _show_note(message: Warning | str, *_: Any, **__: Any) -> None:
+def _show_note(message: Warning | str, category: type, filename: str, *_: Any, **__: Any) -> None:
+    if "triton" in Path(filename).parts:  # Triton 3.9 tells kernel authors about its defaults
+        return
     click.echo(f"note: {_one_line(str(message))}", err=True)

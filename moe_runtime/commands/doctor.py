@@ -1,0 +1,222 @@
+"""`moe-runtime doctor`: what this machine has and what runs on it, to read or to paste."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe_runtime import __version__
+from moe_runtime.commands.common import json_option, print_json, verb
+from moe_runtime.support import SUPPORTED
+
+PACKAGES = ("torch", "triton", "huggingface_hub", "safetensors", "tokenizers", "numpy")
+
+
+@verb(
+    "doctor",
+    examples="""
+    moe-runtime doctor
+    moe-runtime doctor --json > doctor.json
+    """,
+)
+@json_option
+def command(as_json: bool) -> None:
+    """Show what this machine has and what runs on it, and why the rest does not.
+
+    Measures how fast memory is read, which bounds tokens a second. Nothing is sent anywhere and
+    no secret is shown: the output can be pasted into an issue.
+    """
+    report = {name: _attempt(probe) for name, probe in PROBES.items()}
+    if as_json:
+        print_json(report)
+    else:
+        click.echo("\n".join(line for name in report for line in _section(name, report[name])))
+
+
+def probe_versions() -> dict[str, str]:
+    """Versions of ourselves, Python, the system and the packages that matter."""
+    found = {
+        "moe_runtime": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+    }
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def probe_gpus() -> list[dict[str, Any]]:
+    """Each visible GPU with its free memory; one entry with the reason when there is none."""
+    import torch  # slow import
+
+    if not torch.cuda.is_available():
+        built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        return [{"none": f"torch sees no GPU (torch {torch.__version__} is built {built})"}]
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append(
+            {
+                "device": f"cuda:{index}",
+                "name": properties.name,
+                "capability": f"sm_{properties.major}{properties.minor}",
+                "multiprocessors": properties.multi_processor_count,
+                "free_bytes": free,
+                "total_bytes": total,
+                "cuda": torch.version.cuda,
+            }
+        )
+    return gpus
+
+
+def probe_bandwidth() -> list[dict[str, Any]]:
+    """Measured read bandwidth of each GPU, or of host memory when there is none."""
+    import torch  # slow import
+
+    from kernels.read_bandwidth import read_bandwidth  # triton may be missing: reported here
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    devices = [f"cuda:{index}" for index in range(count)] or ["cpu"]
+    found = []
+    for device in devices:
+        measured = asdict(read_bandwidth(device))
+        found.append({"device": device, "read_gbps": measured.pop("gbps"), **measured})
+    return found
+
+
+def probe_memory() -> dict[str, Any]:
+    """Host memory and processors."""
+    import torch  # slow import
+
+    page = os.sysconf("SC_PAGE_SIZE")
+    return {
+        "total_bytes": page * os.sysconf("SC_PHYS_PAGES"),
+        "free_bytes": _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"),
+        "processors": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def probe_caches() -> list[dict[str, Any]]:
+    """Where downloads and compiled kernels go, with the disk space left there."""
+    from loaders.hub import hub_settings  # slow import: huggingface_hub
+
+    triton = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
+    folders = {"hub": hub_settings().cache, "triton": Path(triton)}
+    return [
+        {"what": what, "folder": str(folder), "exists": folder.is_dir(), **_disk(folder)}
+        for what, folder in folders.items()
+    ]
+
+
+def probe_hub() -> dict[str, Any]:
+    """The hub's address, whether it may be asked, whether a token is there."""
+    from loaders.hub import hub_settings  # slow import: huggingface_hub
+
+    settings = hub_settings()
+    return {
+        "endpoint": settings.endpoint,
+        "offline": settings.offline,
+        "token": "present" if settings.has_token else "none",
+    }
+
+
+def probe_support() -> list[dict[str, Any]]:
+    """Every combination this version has, and whether it runs here."""
+    import torch  # slow import
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    capabilities = [torch.cuda.get_device_capability(index) for index in range(count)]
+    triton_problem = _triton_problem()
+    rows = []
+    for row in SUPPORTED:
+        reason = row.why_not(capabilities, triton_problem)
+        entry = {"family": row.family, "experts": row.experts, "dense": row.dense}
+        entry["backend"] = row.backend
+        rows.append({**entry, "runs": reason is None, **({"why_not": reason} if reason else {})})
+    return rows
+
+
+PROBES: dict[str, Callable[[], Any]] = {
+    "versions": probe_versions,
+    "gpus": probe_gpus,
+    "read_bandwidth": probe_bandwidth,
+    "host_memory": probe_memory,
+    "caches": probe_caches,
+    "hub": probe_hub,
+    "support": probe_support,
+}
+
+
+def _attempt(probe: Callable[[], Any]) -> Any:
+    """The probe's findings, or what went wrong: a doctor that fails is of no use."""
+    try:
+        return probe()
+    except Exception as error:
+        return {"failed": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+
+
+def _triton_problem() -> str | None:
+    try:
+        importlib.import_module("kernels.read_bandwidth")
+    except Exception as error:
+        return f"triton does not import: {type(error).__name__}: {error}"
+    return None
+
+
+def _available_bytes() -> int | None:
+    """What Linux could hand out without swapping, page cache included."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return int(found[0]) * 1024 if found else None
+
+
+def _disk(folder: Path) -> dict[str, int]:
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return {"free_bytes": shutil.disk_usage(existing).free}
+
+
+def _section(name: str, findings: Any) -> list[str]:
+    """A heading, then a line for each entry of a list or each key of a mapping."""
+    lines = [name.replace("_", " ")]
+    if isinstance(findings, dict):
+        width = max(len(_label(key)) for key in findings)
+        lines += [f"  {_label(key):{width}}  {_value(key, findings[key])}" for key in findings]
+        return [*lines, ""]
+    for entry in findings:
+        title, *fields = entry.items()
+        shown = [f"{_label(key)} {_value(key, value)}" for key, value in fields]
+        lines.append(f"  {title[1]}" + (": " if shown else "") + ", ".join(shown))
+    return [*lines, ""]
+
+
+def _label(key: str) -> str:
+    if key == "moe_runtime" or key in PACKAGES:
+        return key
+    return key.removesuffix("_bytes").removesuffix("_gbps").replace("_", " ")
+
+
+def _value(key: str, value: Any) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
+    if key.endswith("_gbps"):
+        return f"{value:.0f} GB/s"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value)

@@ -1,0 +1,46 @@
+"""What this version runs, as data: model family, formats, backend, and the GPU it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Support:
+    """One combination that is implemented and tested."""
+
+    family: str  # as in ModelConfig.family
+    experts: str  # format names of quant.formats
+    dense: str
+    backend: str
+    least_capability: tuple[int, int] | None  # of a CUDA device; None: any device of torch
+
+    def why_not(
+        self, capabilities: list[tuple[int, int]], triton_problem: str | None
+    ) -> str | None:
+        """The reason that it does not run here, None when it does.
+
+        capabilities:    compute capability of each GPU
+        triton_problem:  why Triton cannot be used, None when it can
+        """
+        if self.least_capability is None:
+            return None
+        needed = f"sm_{self.least_capability[0]}{self.least_capability[1]}"
+        if not capabilities:
+            return f"needs an NVIDIA GPU of {needed} or newer; none is visible"
+        if max(capabilities) < self.least_capability:
+            best = max(capabilities)
+            return (
+                f"needs an NVIDIA GPU of {needed} or newer; the best here is sm_{best[0]}{best[1]}"
+            )
+        return triton_problem
+
+
+SUPPORTED = (
+    Support("gpt_oss", "mxfp4", "bf16", "triton", (8, 0)),
+    Support("gpt_oss", "mxfp4", "bf16", "reference", None),
+)
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"

@@ -1,0 +1,98 @@
+"""`moe-runtime doctor` says what is here, in text and JSON, and never fails or tells a secret."""
+
+import json
+import platform
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from moe_runtime.commands import doctor
+from moe_runtime.support import SUPPORTED, Support
+
+SECRET = "hf_" + "secret" * 6
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No measuring: 11 reads of 256 MiB take half a second."""
+    measured = [{"device": "cpu", "read_gbps": 12.4, "buffer_bytes": 1 << 28}]
+    monkeypatch.setitem(doctor.PROBES, "read_bandwidth", lambda: measured)
+
+
+def run(*args: str) -> str:
+    result = CliRunner().invoke(doctor.command, args)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def test_json_has_every_section(monkeypatch, quick, tmp_path):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "kernels"))
+    output = run("--json")
+    report = json.loads(output)
+    assert list(report) == list(doctor.PROBES)
+    assert not any("failed" in section for section in report.values())
+    assert report["versions"]["python"] == platform.python_version()
+    assert report["hub"]["token"] == "present"
+    assert SECRET not in output
+    caches = {entry["what"]: entry for entry in report["caches"]}
+    assert caches["triton"]["folder"] == str(tmp_path / "kernels")
+    assert not caches["triton"]["exists"]
+    assert caches["triton"]["free_bytes"] > 0
+    assert 0 < report["host_memory"]["free_bytes"] <= report["host_memory"]["total_bytes"]
+    runs = {entry["backend"]: entry["runs"] for entry in report["support"]}
+    assert runs["reference"]
+
+
+def test_text_can_be_pasted(monkeypatch, quick):
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    lines = run().splitlines()
+    assert "  cpu: read 12 GB/s, buffer 0.27 GB" in lines
+    assert any(line.split() == ["python", platform.python_version()] for line in lines)
+    assert any(line.split() == ["token", "present"] for line in lines)
+    assert all(line.isascii() and SECRET not in line for line in lines)
+
+
+def test_a_probe_that_fails_is_a_line(monkeypatch, quick):
+    def broken():
+        raise RuntimeError("no driver\nat all")
+
+    for name in doctor.PROBES:
+        monkeypatch.setitem(doctor.PROBES, name, broken)
+    report = json.loads(run("--json"))
+    assert report["gpus"] == {"failed": "RuntimeError: no driver at all"}
+    assert run().count("failed  RuntimeError: no driver at all") == len(doctor.PROBES)
+
+
+def test_measures_bandwidth():
+    (measured, *_) = doctor.probe_bandwidth()
+    assert measured["read_gbps"] > 0.5
+    assert measured["best_gbps"] >= measured["read_gbps"]
+
+
+def test_caches_name_an_existing_disk(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/nowhere/at/all")
+    assert doctor._disk(Path("/nowhere/at/all"))["free_bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "triton_problem", "reason"),
+    [
+        ([], None, "none is visible"),
+        ([(7, 5)], None, "needs an NVIDIA GPU of sm_80 or newer; the best here is sm_75"),
+        ([(7, 5), (9, 0)], None, None),
+        ([(12, 0)], None, None),
+        ([(9, 0)], "triton does not import: ImportError", "triton does not import"),
+    ],
+)
+def test_why_not(capabilities, triton_problem, reason):
+    said = Support("gpt_oss", "mxfp4", "bf16", "triton", (8, 0)).why_not(
+        capabilities, triton_problem
+    )
+    assert said is None if reason is None else reason in said
+
+
+def test_the_reference_runs_everywhere():
+    rows = [row for row in SUPPORTED if row.backend == "reference"]
+    assert rows and all(row.why_not([], "triton is not installed") is None for row in rows)
