@@ -1,12 +1,22 @@
 """The routed experts of many tokens: a grouped GEMM that decodes MXFP4 on the way in.
 
-Weights stay in the published order (see kernels/moe_gemv.py for the word of eight codes). A tile is
-decoded to bf16, exactly: sign to bit 15 and e e m to bits 8..6 of each half make the code's value
-times 2^-126; two multiplications, by 2^126 and by the group's scale, finish it.
+Weights stay in the published order and are the left operand of the product, so that they go from
+memory through registers to the tensor cores: a thread decodes the words of its own rows and
+columns and passes them on without an exchange. Activations stand in word order to match (see
+kernels/word_order.py). In a word,
+
+    bit    31..28 27..24 23..20 19..16 15..12 11..8  7..4   3..0
+    code     7      6      5      4      3      2      1      0        code = s e e m
+
+codes p and p + 4 become two bf16 at once: sign to bit 15, e e m to bits 8..6 of each half, which
+is the code's value times 2^-126 (bf16 subnormals make 0.5 exact). Multiplying by 2^126 and then by
+the group's scale is exact, as far as bf16 holds the product.
 
 T tokens, D model width, F expert width, E experts, K experts per token; in the kernel N and K are
 the rows and columns of the weight, M a block of (token, slot) pairs.
 """
+
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -14,73 +24,88 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_routing import Routing
+from kernels.word_order import to_word_order
 from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
-# $0 to $3 eight bf16 weights in order; $4 the codes; $5 the scale as bf16 in both halves.
-_DECODE8_PTX = tl.constexpr("""{
-.reg .b32 a, b, c, d, t, u;
-shl.b32 t, $4, 6;  shl.b32 u, $4, 12; and.b32 t, t, 0x01C001C0; lop3.b32 a, u, 0x80008000, t, 0xEA;
-shl.b32 t, $4, 2;  shl.b32 u, $4, 8;  and.b32 t, t, 0x01C001C0; lop3.b32 b, u, 0x80008000, t, 0xEA;
-shr.b32 t, $4, 2;  shl.b32 u, $4, 4;  and.b32 t, t, 0x01C001C0; lop3.b32 c, u, 0x80008000, t, 0xEA;
-shr.b32 t, $4, 6;  and.b32 t, t, 0x01C001C0; lop3.b32 d, $4, 0x80008000, t, 0xEA;
-mov.b32 t, 0x7E807E80; mov.b32 u, 0x80008000;
-fma.rn.bf16x2 a, a, t, u; fma.rn.bf16x2 a, a, $5, u;
-fma.rn.bf16x2 b, b, t, u; fma.rn.bf16x2 b, b, $5, u;
-fma.rn.bf16x2 c, c, t, u; fma.rn.bf16x2 c, c, $5, u;
-fma.rn.bf16x2 d, d, t, u; fma.rn.bf16x2 d, d, $5, u;
-prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, c, d, 0x5410;
-prmt.b32 $2, a, b, 0x7632; prmt.b32 $3, c, d, 0x7632;
-}""")
+
+@dataclass(frozen=True)
+class Tile:
+    """How a program's share is cut: BLOCK_M comes from the routing."""
+
+    block_n: int  # rows of weight
+    block_k: int  # columns in one step
+    num_warps: int
+    num_stages: int  # steps in flight
+
+
+# The best measured tile for each number of pairs in a block.
+TILES = {
+    16: Tile(128, 128, 4, 4),
+    64: Tile(128, 64, 4, 4),
+    128: Tile(128, 64, 4, 3),
+}
+
+
+@triton.jit
+def _halves(codes, factor):
+    """Two placed codes a word, in its halves, to two weights: [..., 2]."""
+    if _INTERPRETED:  # bf16 arithmetic is wrong there; fp32 gives the same numbers
+        low = (codes << 16).to(tl.float32, bitcast=True) * 2.0**126 * factor
+        high = (codes & -0x10000).to(tl.float32, bitcast=True) * 2.0**126 * factor
+    else:
+        low = codes.to(tl.int16).to(tl.bfloat16, bitcast=True) * 2.0**126 * factor
+        high = (codes >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True) * 2.0**126 * factor
+    return tl.join(low, high)
 
 
 @triton.jit
 def _decode_tile(words, scales, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights [BLOCK_N, BLOCK_K] of words [BLOCK_N, BLOCK_K / 8] and E8M0 bytes, one a group."""
-    if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
-        code = (words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-        magnitude = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True)
-        bits = tl.where(scales == 0, 1 << 22, scales << 23).to(tl.float32, bitcast=True)
-        groups = tl.reshape(magnitude, (BLOCK_N, BLOCK_K // 32, 32)) * 2.0**126
-        return tl.reshape(groups * bits[:, :, None], (BLOCK_N, BLOCK_K)).to(dtype)
+    """Weights [BLOCK_N, BLOCK_K] in word order of words [.., BLOCK_K / 8] and E8M0 [.., / 32]."""
+    GROUPS: tl.constexpr = BLOCK_K // 32
+    MAGNITUDE: tl.constexpr = 0x01C001C0
+    SIGN: tl.constexpr = -0x7FFF8000  # 0x80008000
+    # E8M0: the byte is the exponent; byte 0 stands for 2^-127, a subnormal.
+    if _INTERPRETED:
+        bits = scales.to(tl.int32)
+        factor = tl.where(bits == 0, 1 << 22, bits << 23).to(tl.float32, bitcast=True)
     else:
-        half = tl.where(scales == 0, 0x40, scales << 7)
-        pair = half | (half << 16)
-        pair = tl.broadcast_to(pair[:, :, None], (BLOCK_N, BLOCK_K // 32, 4))
-        pair = tl.reshape(pair, (BLOCK_N, BLOCK_K // 8))
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _DECODE8_PTX,
-            "=&r,=&r,=&r,=&r,r,r",
-            [words, pair],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        pairs = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_N, BLOCK_K // 2))
-        low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K)).to(dtype)
+        bits = tl.where(scales == 0, 0x40, scales.to(tl.int16) << 7)
+        factor = bits.to(tl.bfloat16, bitcast=True)
+    factor = tl.broadcast_to(factor[:, :, None], (BLOCK_N, GROUPS, 4))
+    factor = tl.reshape(factor, (BLOCK_N, GROUPS * 4))
+    p0 = _halves(((words << 6) & MAGNITUDE) | ((words << 12) & SIGN), factor)
+    p1 = _halves(((words << 2) & MAGNITUDE) | ((words << 8) & SIGN), factor)
+    p2 = _halves(((words >> 2) & MAGNITUDE) | ((words << 4) & SIGN), factor)
+    p3 = _halves(((words >> 6) & MAGNITUDE) | (words & SIGN), factor)
+    # [word, half, p] to [p, word, half] within each group: registers change names, nothing moves.
+    weights = tl.join(tl.join(p0, p2), tl.join(p1, p3))
+    weights = tl.reshape(weights, (BLOCK_N, GROUPS, 4, 2, 4))
+    weights = tl.permute(weights, (0, 1, 4, 2, 3))
+    return tl.reshape(weights, (BLOCK_N, BLOCK_K)).to(dtype)
 
 
-# A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
-# so that blocks of one expert read its weights from L2. Grid: B, N / BLOCK_N.
-@triton.jit
+# A program computes BLOCK_N weight rows of one expert by BLOCK_M pairs. The tiles of a block are
+# neighbours and so are the blocks of an expert, so that both operands come from L2.
+# Grid: B * ceil(N / BLOCK_N).
+# The number of pairs is not specialised: no prompt length compiles anything new.
+@triton.jit(do_not_specialize=["pairs"])
 def _moe_gemm_kernel(
-    x_ptr,  # [rows, K]
+    x_ptr,  # [rows, K] in word order
     words_ptr,  # [E, N, K / 8] int32
     scales_ptr,  # [E, N, K / 32] uint8
     bias_ptr,  # [E, N]
     block_expert_ptr,  # [B] int32
     block_rows_ptr,  # [B, BLOCK_M] int32: pairs
     weights_ptr,  # [pairs] fp32, read unless SWIGLU
-    out_ptr,  # [pairs, N / 2] if SWIGLU else [pairs, N]
+    out_ptr,  # [pairs, N / 2] in word order if SWIGLU else [pairs, N]
     pairs,
     N: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
-    X_ROWS_PER_PAIR: tl.constexpr,  # pairs that share a row of x
+    PAIRS_PER_ROW: tl.constexpr,  # pairs that share a row of x
     SWIGLU: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -88,51 +113,80 @@ def _moe_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    block = tl.program_id(0)
+    NUM_TILES: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    GROUPS: tl.constexpr = BLOCK_K // 32
+    block = tl.program_id(0) // NUM_TILES
+    tile = tl.program_id(0) % NUM_TILES
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < E:
         pair = tl.load(block_rows_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         working = pair < pairs
-        x_row = (pair // X_ROWS_PER_PAIR).to(tl.int64)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        row = expert * N + n
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
-            group = k0 // 32 + tl.arange(0, BLOCK_K // 32)
-            x = tl.load(
-                x_ptr + x_row[:, None] * K + k[None, :],
-                mask=working[:, None] & (k < K)[None, :],
-                other=0.0,
-            )
-            words = tl.load(
-                words_ptr + row[:, None] * (K // 8) + word[None, :],
-                mask=(n < N)[:, None] & (word < K // 8)[None, :],
-                other=0,
-            )
-            scales = tl.load(
-                scales_ptr + row[:, None] * (K // 32) + group[None, :],
-                mask=(n < N)[:, None] & (group < K // 32)[None, :],
-                other=0,
-            )
-            w = _decode_tile(words, scales.to(tl.int32), x.dtype, BLOCK_N, BLOCK_K)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-        acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        # Rows without work compute row 0 again and store nothing: no mask in the loop.
+        x_row = tl.where(working, pair // PAIRS_PER_ROW, 0).to(tl.int64)
+        i = tl.arange(0, BLOCK_N)
         if SWIGLU:
-            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+            # Rows r and r + 8 of every 16 are held by one thread: a gate and its up. Activations
+            # come out in the order in which the second GEMM wants its columns.
+            place = tile * (BLOCK_N // 2) + i // 16 * 8 + i % 8
+            n = (place // 32 * 32 + place % 8 * 4 + place % 32 // 8) * 2 + i // 8 % 2
+        else:
+            n = tile * BLOCK_N + i
+        row = expert * N + tl.minimum(n, N - 1)
+        k = tl.arange(0, BLOCK_K)
+        word = tl.arange(0, BLOCK_K // 8)
+        group = tl.arange(0, GROUPS)
+        x_at = x_ptr + x_row[None, :] * K + k[:, None]
+        words_at = words_ptr + row[:, None] * (K // 8) + word[None, :]
+        scales_at = scales_ptr + row[:, None] * (K // 32) + group[None, :]
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        # Too narrow for the asynchronous copies of the other two, scales are read a step ahead.
+        scales = tl.load(scales_at, mask=(group < K // 32)[None, :], other=0)
+        for k0 in range(0, K, BLOCK_K):
+            if K % BLOCK_K == 0:
+                words = tl.load(words_at)
+                x = tl.load(x_at)
+            else:
+                words = tl.load(words_at, mask=(word < (K - k0) // 8)[None, :], other=0)
+                x = tl.load(x_at, mask=(k < K - k0)[:, None], other=0.0)
+            scales_at += GROUPS
+            left = group < K // 32 - k0 // 32 - GROUPS
+            next_scales = tl.load(scales_at, mask=left[None, :], other=0)
+            weights = _decode_tile(words, scales, x.dtype, BLOCK_N, BLOCK_K)
+            acc = tl.dot(weights, x, acc, input_precision="ieee")
+            scales = next_scales
+            words_at += BLOCK_K // 8
+            x_at += BLOCK_K
+        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+        if SWIGLU:
+            both = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+            gate, up = tl.split(tl.reshape(both, (BLOCK_N // 2, BLOCK_M, 2)))
             gate = tl.minimum(gate, LIMIT)
             up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
             hidden = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
-            f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            f = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             out = out_ptr + pair.to(tl.int64)[:, None] * (N // 2) + f[None, :]
             inside = working[:, None] & (f < N // 2)[None, :]
-            tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out, tl.trans(hidden.to(out_ptr.dtype.element_ty)), mask=inside)
         else:
             weight = tl.load(weights_ptr + pair, mask=working, other=0.0)
             out = out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :]
             inside = working[:, None] & (n < N)[None, :]
-            tl.store(out, acc * weight[:, None], mask=inside)
+            tl.store(out, tl.trans(acc * weight[None, :]), mask=inside)
+
+
+# A program adds the K outputs of one token, in order, to BLOCK_D columns of its residual.
+# Grid: T, D / BLOCK_D.
+@triton.jit
+def _add_expert_outputs_kernel(
+    outputs_ptr, residual_ptr, K: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    total = tl.load(outputs_ptr + token * (K * D) + d, mask=d < D, other=0.0)
+    for slot in tl.static_range(1, K):
+        total += tl.load(outputs_ptr + (token * K + slot) * D + d, mask=d < D, other=0.0)
+    residual = residual_ptr + token * D + d
+    tl.store(residual, tl.load(residual, mask=d < D, other=0.0) + total, mask=d < D)
 
 
 def rows_per_block(tokens: int, experts_per_token: int, num_experts: int) -> int:
@@ -149,6 +203,7 @@ def moe_gemm_gate_up(
     *,
     limit: float,
     alpha: float,
+    tile: Tile | None = None,
 ) -> Tensor:
     """First half of the routed experts for T tokens: gate_up and the clamped SwiGLU.
 
@@ -156,27 +211,52 @@ def moe_gemm_gate_up(
     gate_up:  [E, 2F, D] MXFP4; rows alternate gate, up
     bias:     [E, 2F]
     routing:  of these tokens
-    returns   [T * K, F] of x's dtype, row token * K + slot
+    tile:     None takes the measured best
+    returns   [T * K, F] of x's dtype, row token * K + slot, columns in word order
+
+    4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
     """
-    tokens, width = x_TD.shape
+    tokens = len(x_TD)
     rows = gate_up.shape[1]
     top_k = routing.expert_weights.shape[1]
     out = torch.empty((tokens * top_k, rows // 2), dtype=x_TD.dtype, device=x_TD.device)
-    _launch(x_TD, gate_up, bias, routing, out, top_k, swiglu=True, limit=limit, alpha=alpha)
+    x = to_word_order(x_TD)
+    _launch(x, gate_up, bias, routing, out, top_k, tile, swiglu=True, limit=limit, alpha=alpha)
     return out
 
 
-def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
-    """Second half: each pair's output times its weight; the caller sums over K.
+def moe_gemm_down(
+    hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing, *, tile: Tile | None = None
+) -> Tensor:
+    """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
-    hidden:   [T * K, F] of moe_gemm_gate_up
+    hidden:   [T * K, F] of moe_gemm_gate_up, columns in word order
     down:     [E, D, F] MXFP4
     bias:     [E, D]
+    tile:     None takes the measured best
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
+
+    2 * T * K * F * D operations set its time.
     """
     out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32, device=hidden.device)
-    _launch(hidden, down, bias, routing, out, 1, swiglu=False, limit=0.0, alpha=0.0)
+    _launch(hidden, down, bias, routing, out, 1, tile, swiglu=False, limit=0.0, alpha=0.0)
     return out
+
+
+def add_expert_outputs(outputs: Tensor, residual_TD: Tensor) -> Tensor:
+    """residual += the sum of each token's K expert outputs, always in the same order.
+
+    outputs:      [T * K, D] fp32, row token * K + slot
+    residual_TD:  [T, D] fp32, added to and returned
+
+    Moves 4 * T * D * (K + 2) bytes.
+    """
+    tokens, width = residual_TD.shape
+    block = min(1024, triton.next_power_of_2(width))
+    _add_expert_outputs_kernel[(tokens, triton.cdiv(width, block))](
+        outputs, residual_TD, K=len(outputs) // tokens, D=width, BLOCK_D=block, num_warps=4
+    )
+    return residual_TD
 
 
 def _launch(
@@ -186,6 +266,7 @@ def _launch(
     routing: Routing,
     out: Tensor,
     pairs_per_row: int,
+    tile: Tile | None,
     *,
     swiglu: bool,
     limit: float,
@@ -194,8 +275,8 @@ def _launch(
     assert weight.format is MXFP4 and weight.scales is not None, weight.format.name
     experts, rows, columns = weight.shape
     blocks, block_m = routing.block_rows.shape
-    block_n = 128 if block_m > 16 else 64
-    _moe_gemm_kernel[(blocks, triton.cdiv(rows, block_n))](
+    tile = tile or TILES[block_m]
+    _moe_gemm_kernel[(blocks * triton.cdiv(rows, tile.block_n),)](
         x,
         weight.values.view(torch.int32),
         weight.scales,
@@ -208,13 +289,13 @@ def _launch(
         N=rows,
         K=columns,
         E=experts,
-        X_ROWS_PER_PAIR=pairs_per_row,
+        PAIRS_PER_ROW=pairs_per_row,
         SWIGLU=swiglu,
         LIMIT=limit,
         ALPHA=alpha,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        BLOCK_K=64,
-        num_warps=8 if block_m == 128 else 4,
-        num_stages=3,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
     )

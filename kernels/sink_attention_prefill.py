@@ -12,7 +12,8 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 # A program computes BLOCK_M rows of one kv head; a row is one query head of one token, so that
 # heads that share keys share the reads. Grid: T * (H / G) / BLOCK_M, G.
-@triton.jit
+# T is not specialised: no prompt length compiles anything new.
+@triton.jit(do_not_specialize=["T"])
 def _prefill_attention_kernel(
     q_ptr,  # [T, H, C]
     k_ptr,  # [G, S, C]
@@ -100,7 +101,7 @@ def sink_attention_prefill(
     kv_heads, slots, _ = k_cache.shape
     heads_per_kv = heads // kv_heads
     rows = tokens * heads_per_kv
-    block_m = 128 if rows >= 2048 else 32
+    block_m = rows_per_program(tokens, heads_per_kv)
     _prefill_attention_kernel[(triton.cdiv(rows, block_m), kv_heads)](
         q,
         k_cache,
@@ -121,3 +122,8 @@ def sink_attention_prefill(
         num_stages=3,
     )
     return out
+
+
+def rows_per_program(tokens: int, heads_per_kv: int) -> int:
+    """Rows of a program: large tiles once there are enough of them to fill a GPU."""
+    return 128 if tokens * heads_per_kv >= 2048 else 32

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.moe_routing import Routing
+from kernels.word_order import from_word_order, to_word_order
 from quant.codecs import decode
 from quant.tensor import QuantTensor
 
@@ -19,8 +20,9 @@ def moe_gemm_gate_up(
     *,
     limit: float,
     alpha: float,
+    tile: object = None,
 ) -> Tensor:
-    """Same arguments and result as the kernel, in fp32, cast at the end."""
+    """Same arguments and result as the kernel, in fp32, cast at the end; the tile is ignored."""
     top_k = routing.expert_weights.shape[1]
     pair_expert = _pair_expert(routing)
     out = x_TD.new_empty((len(pair_expert), gate_up.shape[1] // 2))
@@ -29,18 +31,27 @@ def moe_gemm_gate_up(
         y = x_TD[pairs // top_k].float() @ decode(gate_up[expert]).T + bias[expert].float()
         gate, up = y[:, 0::2].clamp(max=limit), y[:, 1::2].clamp(-limit, limit)
         out[pairs] = (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(out.dtype)
-    return out
+    return to_word_order(out)
 
 
-def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
-    """Same arguments and result as the kernel, in fp32."""
+def moe_gemm_down(
+    hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing, *, tile: object = None
+) -> Tensor:
+    """Same arguments and result as the kernel, in fp32; the tile is ignored."""
     pair_expert = _pair_expert(routing)
+    hidden = from_word_order(hidden).float()
     out = torch.empty((len(hidden), down.shape[1]), device=hidden.device)
     for expert in pair_expert.unique().tolist():
         pairs = (pair_expert == expert).nonzero()[:, 0]
-        y = hidden[pairs].float() @ decode(down[expert]).T + bias[expert].float()
+        y = hidden[pairs] @ decode(down[expert]).T + bias[expert].float()
         out[pairs] = routing.expert_weights.flatten()[pairs, None] * y
     return out
+
+
+def add_expert_outputs(outputs: Tensor, residual_TD: Tensor) -> Tensor:
+    """Same arguments and result as the kernel."""
+    residual_TD += outputs.unflatten(0, (len(residual_TD), -1)).sum(1)
+    return residual_TD
 
 
 def _pair_expert(routing: Routing) -> Tensor:
