@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
 
 
@@ -14,6 +15,8 @@ class SamplingParams:
     the temperature, then top-k, top-p and min-p each cut the distribution, then one draw. The draw
     is the arg max of logit plus Gumbel noise; the noise of a token is a function of (seed, step,
     token id) alone, so neither the device nor the order of work changes it.
+
+    Raises ValueError naming the parameter, what it may be and what it was.
     """
 
     temperature: float = 1.0  # 0 is greedy
@@ -24,9 +27,13 @@ class SamplingParams:
     seed: int = 0  # 64 bits
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            _check_type(name, getattr(self, name), numbers.Real, "a number")
+        for name in ("top_k", "seed"):
+            _check_type(name, getattr(self, name), numbers.Integral, "a whole number")
         _check("temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 or more")
         _check("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more, below 1")
         penalty = self.repetition_penalty
         _check("repetition_penalty", penalty, 0 < penalty < math.inf, "above 0")
@@ -41,6 +48,11 @@ class SamplingParams:
     def filtered(self) -> bool:
         """Whether top-k, top-p or min-p cuts anything."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+
+def _check_type(name: str, value: object, kind: type, expected: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
 
 
 def _check(name: str, value: float, good: bool, expected: str) -> None:
