@@ -32,6 +32,10 @@ def collect_tensors(
     if prefix + SINGLE in names:
         return files.header(prefix + SINGLE)
     shards = safetensors_in(prefix, names)
+    if not shards:
+        raise CheckpointError(
+            f"{files.label}: there are no safetensors files", hint="download the weights again"
+        )
     if index_required:
         raise CheckpointError(
             f"{files.label}: {len(shards)} safetensors files, but neither {SINGLE} nor {INDEX}",

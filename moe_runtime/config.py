@@ -6,12 +6,12 @@ K experts a token, F expert width, V vocabulary, W sliding window.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from loaders.errors import CheckpointError, UnsupportedModelError
+from loaders.json_text import shown
 
 _LARGEST = 2**31 - 1  # of any single size in a config
 MAX_MODEL_SIZE = {
@@ -22,6 +22,7 @@ MAX_MODEL_SIZE = {
     "num_experts": 4096,
     "expert_width": 262144,
     "vocab_size": 4_194_304,
+    "context": 1 << 28,
 }
 
 
@@ -109,26 +110,35 @@ class ConfigReader:
         return value
 
     def number(
-        self, *keys: str, minimum: float = 0.0, default: float | None = None
+        self,
+        *keys: str,
+        above: float = 0.0,
+        maximum: float = 1e12,
+        default: float | None = None,
     ) -> float:
-        """The first of `keys` present, as a finite float above `minimum`."""
+        """The first of `keys` present, as a float above `above` and at most `maximum`."""
         key, value = self._find(keys, default)
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise self.error(key, value, "a number")
-        if isinstance(value, int) and abs(value) > 2**1000:
-            raise self.error(key, "an enormous integer", "a number")
-        if not math.isfinite(value) or value <= minimum:
-            raise self.error(key, value, f"a finite number above {minimum:g}")
+        if not above < value <= maximum:  # NaN fails too
+            raise self.error(key, value, f"a number above {above:g}, at most {maximum:g}")
         return float(value)
+
+    def text(self, *keys: str, default: str | None = None) -> str:
+        """The first of `keys` present, as a string."""
+        key, value = self._find(keys, default)
+        if not isinstance(value, str):
+            raise self.error(key, value, "a text")
+        return value
 
     def boolean(self, key: str, *, default: bool) -> bool:
         """A JSON true or false."""
-        value = self.values.get(key, default)
+        key, value = self._find((key,), default)
         if not isinstance(value, bool):
             raise self.error(key, value, "true or false")
         return value
 
-    def mapping(self, key: str) -> "ConfigReader":
+    def mapping(self, key: str) -> ConfigReader:
         """A nested JSON object, read with this reader's rules."""
         value = self.values.get(key)
         if not isinstance(value, Mapping):
@@ -137,9 +147,7 @@ class ConfigReader:
 
     def error(self, key: str, found: Any, expected: str) -> CheckpointError:
         """The error for a bad value of one key."""
-        shown = repr(found)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {shown}")
+        return CheckpointError(f"{self.file}: {key}: expected {expected}, found {shown(found)}")
 
     def _find(self, keys: tuple[str, ...], default: Any) -> tuple[str, Any]:
         for key in keys:
@@ -158,10 +166,12 @@ def eos_ids(value: Any, vocab_size: int, file: str) -> tuple[int, ...]:
     ids = [] if value is None else value if isinstance(value, list) else [value]
     for token_id in ids:
         if isinstance(token_id, bool) or not isinstance(token_id, int):
-            raise CheckpointError(f"{file}: eos_token_id: expected whole numbers, found {value!r}")
+            raise CheckpointError(
+                f"{file}: eos_token_id: expected whole numbers, found {shown(value)}"
+            )
         if not 0 <= token_id < vocab_size:
             raise CheckpointError(
-                f"{file}: eos_token_id: {token_id} is outside the vocabulary of {vocab_size}"
+                f"{file}: eos_token_id: {shown(token_id)} is outside the vocabulary of {vocab_size}"
             )
     return tuple(ids)
 

@@ -1,0 +1,177 @@
+"""Weights of a planned checkpoint, on the CPU over mapped files or on a GPU through staging.
+
+What comes in is checked on the way: floats must be finite and scale bytes not 255 (NaN).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from loaders.checkpoint import TORCH_DTYPES, Checkpoint
+from loaders.errors import CheckpointError
+from loaders.names.table import LoadPlan, NameTable, PlannedWeight, StoredTensor, match_names
+from loaders.staging import Span, copy_spans
+from quant.tensor import QuantTensor
+
+_E8M0_NAN = 255
+_CHECK_CHUNK = 1 << 24  # elements checked at once on the CPU
+_BAR_DELAY_S = 1.0  # a small model needs no bar
+
+
+def load_weights(
+    checkpoint: Checkpoint,
+    table: NameTable,
+    dims: Mapping[str, int],
+    num_layers: int,
+    *,
+    device: torch.device | str,
+    progress: bool = True,
+) -> dict[str, Tensor | QuantTensor]:
+    """All weights of a model by our names, plain ones in the dtype of the files.
+
+    dims:     the letters of the table's shapes
+    device:   "cpu" maps the files and copies only what is made of several tensors; "cuda" reads
+              them through pinned buffers
+    progress: a bar with bytes on stderr
+    Raises CheckpointError when tensors do not fit the table (before anything is read or allocated),
+    or hold NaN or infinity.
+    """
+    plan = match_names(checkpoint.tensors, table, dims, num_layers)
+    device = torch.device(device)
+    load = load_mapped if device.type == "cpu" else load_staged
+    with tqdm(
+        desc="Loading weights",
+        total=plan.total_bytes,
+        unit="B",
+        unit_scale=True,
+        file=sys.stderr,
+        delay=_BAR_DELAY_S,
+        disable=None if progress else True,  # None: off unless stderr is a terminal
+    ) as bar:
+        return load(checkpoint, plan, device, bar.update)
+
+
+def load_mapped(
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    device: torch.device,
+    on_bytes: Callable[[int], object],
+) -> dict[str, Tensor | QuantTensor]:
+    """Tensors over the mapped files, on the CPU; the check reads every byte but codes once."""
+    weights = {}
+    for planned in plan.weights:
+        tensors = []
+        for part in planned.parts:
+            pieces = [checkpoint.read(source.name) for source in part.sources]
+            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            tensors.append(whole.view(part.shape))
+            if any(bool(bad) for bad in _bad_flags(tensors[-1], part.holds)):
+                raise _bad_tensor(tensors[-1], part)
+            on_bytes(part.nbytes)
+        weights[planned.name] = _weight(planned, tensors)
+    return weights
+
+
+def load_staged(
+    checkpoint: Checkpoint,
+    plan: LoadPlan,
+    device: torch.device,
+    on_bytes: Callable[[int], object],
+) -> dict[str, Tensor | QuantTensor]:
+    """Tensors on `device`, filled through staging buffers and checked there."""
+    parts = [part for planned in plan.weights for part in planned.parts]
+    targets = [
+        torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device=device) for part in parts
+    ]
+    spans = [
+        span
+        for part, target in zip(parts, targets, strict=True)
+        for span in _spans(checkpoint, part, target)
+    ]
+    spans.sort(key=lambda span: (span.path, span.start))
+    copy_spans(spans, device=device, on_bytes=on_bytes)
+    _check_all(parts, targets)
+    filled = iter(targets)
+    return {
+        planned.name: _weight(planned, [next(filled) for _ in planned.parts])
+        for planned in plan.weights
+    }
+
+
+def _spans(checkpoint: Checkpoint, part: StoredTensor, target: Tensor) -> Iterator[Span]:
+    """Where each source of a tensor goes: one after the other."""
+    flat = target.view(-1).view(torch.uint8)
+    position = 0
+    for source in part.sources:
+        piece = flat[position : position + source.nbytes]
+        yield Span(checkpoint.path(source.file), source.start, piece)
+        position += source.nbytes
+
+
+def _weight(planned: PlannedWeight, tensors: list[Tensor]) -> Tensor | QuantTensor:
+    if planned.format is None:
+        return tensors[0]
+    return QuantTensor(tensors[0], tensors[1], planned.format, planned.shape)
+
+
+def _check_all(parts: list[StoredTensor], targets: list[Tensor]) -> None:
+    """The same check as on the CPU with one synchronisation in all."""
+    owners, flags = [], []
+    for index, (part, target) in enumerate(zip(parts, targets, strict=True)):
+        for flag in _bad_flags(target, part.holds):
+            owners.append(index)
+            flags.append(flag)
+    bad = torch.stack(flags).tolist() if flags else []
+    if True in bad:
+        index = owners[bad.index(True)]
+        raise _bad_tensor(targets[index], parts[index])
+
+
+def _bad_flags(tensor: Tensor, holds: str) -> Iterator[Tensor]:
+    """Booleans on the tensor's device, one a chunk: whether it holds what it must not."""
+    if holds == "codes":
+        return
+    for chunk in tensor.view(-1).split(_CHECK_CHUNK):
+        if chunk.numel() == 0:
+            continue
+        if holds == "e8m0":
+            yield chunk.amax() == _E8M0_NAN
+        else:
+            # NaN and infinity both show in the extremes, which need no array of booleans.
+            low, high = torch.aminmax(chunk)
+            yield ~(low.isfinite() & high.isfinite())
+
+
+def _bad_tensor(tensor: Tensor, part: StoredTensor) -> CheckpointError:
+    """The error for a tensor whose flag is set: which source, and the first bad element in it."""
+    position = 0
+    flat = tensor.view(-1)
+    for source in part.sources:
+        count = source.nbytes // tensor.element_size()
+        values = flat[position : position + count]
+        position += count
+        bad = values == _E8M0_NAN if part.holds == "e8m0" else ~values.isfinite()
+        where = bad.nonzero()
+        if len(where):
+            first = int(where[0])
+            found = "scale byte 255 (NaN)" if part.holds == "e8m0" else str(values[first].item())
+            index = _unravel(first, source.shape)
+            return CheckpointError(
+                f"{source.name}: found {found} at {index} in {source.file}, "
+                f"{len(where)} such values in all",
+                hint="the weights are damaged: download the file again",
+            )
+    raise AssertionError(f"no bad value in {part}")
+
+
+def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:
+    index = []
+    for size in reversed(shape):
+        flat, rest = divmod(flat, size)
+        index.append(rest)
+    return tuple(reversed(index))

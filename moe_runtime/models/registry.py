@@ -1,0 +1,83 @@
+"""The model families that this version has. A new family is one row here, its files and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from loaders.checkpoint import Checkpoint
+from loaders.errors import CheckpointError, UnsupportedModelError
+from loaders.json_text import shown
+from loaders.names import gpt_oss as gpt_oss_names
+from loaders.names.table import LoadPlan, NameTable, match_names
+from loaders.quant_config import expert_format
+from moe_runtime.config import ModelConfig
+from moe_runtime.models import gpt_oss_config
+
+
+@dataclass(frozen=True)
+class ModelFamily:
+    """What is needed to read a checkpoint of one architecture."""
+
+    model_type: str  # as in config.json
+    architectures: tuple[str, ...]
+    # config.json, generation_config.json ({} if there is none), layout -> the model's facts
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any], str], ModelConfig]
+    name_tables: Mapping[str, NameTable]  # by layout
+
+
+MODELS: dict[str, ModelFamily] = {
+    "gpt_oss": ModelFamily(
+        "gpt_oss", ("GptOssForCausalLM",), gpt_oss_config.read_config, gpt_oss_names.TABLES
+    ),
+}
+_ORIGINAL_LAYOUT = "gpt_oss"  # the one family whose vendor publishes a layout of its own
+
+
+def find_family(config: Mapping[str, Any], layout: str) -> ModelFamily:
+    """The family of a checkpoint; UnsupportedModelError, with the known ones, if it is not here."""
+    model_type = config.get("model_type")
+    if model_type is None and layout == "original":
+        model_type = _ORIGINAL_LAYOUT
+    if not isinstance(model_type, str):
+        found = "is missing" if model_type is None else f"is not a name: {shown(model_type)}"
+        raise CheckpointError(
+            f"config.json: model_type {found}", hint="download the checkpoint again"
+        )
+    family = MODELS.get(model_type)
+    architectures = config.get("architectures")
+    named = architectures[0] if isinstance(architectures, list) and architectures else None
+    if family is None or (named is not None and named not in family.architectures):
+        what = f"model_type {shown(model_type)}" + (f" ({shown(named)})" if named else "")
+        known = ", ".join(f"{f.model_type} ({f.architectures[0]})" for f in MODELS.values())
+        raise UnsupportedModelError(f"{what} is not supported", hint=f"supported: {known}")
+    if layout not in family.name_tables:
+        raise UnsupportedModelError(
+            f"the {layout} layout of {model_type} is not supported",
+            hint=f"supported: {', '.join(family.name_tables)}",
+        )
+    return family
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A checkpoint understood from its headers: family, facts, and where each weight is."""
+
+    family: ModelFamily
+    config: ModelConfig
+    table: NameTable
+    plan: LoadPlan
+
+
+def plan_model(checkpoint: Checkpoint) -> OpenedModel:
+    """Everything that can be checked before a tensor is read.
+
+    Raises CheckpointError or UnsupportedModelError.
+    """
+    family = find_family(checkpoint.config, checkpoint.layout)
+    expert_format(checkpoint.config, checkpoint.tensors)
+    config = family.read_config(checkpoint.config, checkpoint.generation_config, checkpoint.layout)
+    table = family.name_tables[checkpoint.layout]
+    plan = match_names(checkpoint.tensors, table, config.dims, config.num_layers)
+    return OpenedModel(family, config, table, plan)
