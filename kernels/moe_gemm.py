@@ -203,7 +203,6 @@ def moe_gemm_gate_up(
     *,
     limit: float,
     alpha: float,
-    tile: Tile | None = None,
 ) -> Tensor:
     """First half of the routed experts for T tokens: gate_up and the clamped SwiGLU.
 
@@ -211,7 +210,6 @@ def moe_gemm_gate_up(
     gate_up:  [E, 2F, D] MXFP4; rows alternate gate, up
     bias:     [E, 2F]
     routing:  of these tokens
-    tile:     None takes the measured best
     returns   [T * K, F] of x's dtype, row token * K + slot, columns in word order
 
     4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
@@ -221,25 +219,22 @@ def moe_gemm_gate_up(
     top_k = routing.expert_weights.shape[1]
     out = torch.empty((tokens * top_k, rows // 2), dtype=x_TD.dtype, device=x_TD.device)
     x = to_word_order(x_TD)
-    _launch(x, gate_up, bias, routing, out, top_k, tile, swiglu=True, limit=limit, alpha=alpha)
+    _launch(x, gate_up, bias, routing, out, top_k, swiglu=True, limit=limit, alpha=alpha)
     return out
 
 
-def moe_gemm_down(
-    hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing, *, tile: Tile | None = None
-) -> Tensor:
+def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
     hidden:   [T * K, F] of moe_gemm_gate_up, columns in word order
     down:     [E, D, F] MXFP4
     bias:     [E, D]
-    tile:     None takes the measured best
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
 
     2 * T * K * F * D operations set its time.
     """
     out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32, device=hidden.device)
-    _launch(hidden, down, bias, routing, out, 1, tile, swiglu=False, limit=0.0, alpha=0.0)
+    _launch(hidden, down, bias, routing, out, 1, swiglu=False, limit=0.0, alpha=0.0)
     return out
 
 
@@ -266,7 +261,6 @@ def _launch(
     routing: Routing,
     out: Tensor,
     pairs_per_row: int,
-    tile: Tile | None,
     *,
     swiglu: bool,
     limit: float,
@@ -275,7 +269,7 @@ def _launch(
     assert weight.format is MXFP4 and weight.scales is not None, weight.format.name
     experts, rows, columns = weight.shape
     blocks, block_m = routing.block_rows.shape
-    tile = tile or TILES[block_m]
+    tile = TILES[block_m]
     _moe_gemm_kernel[(blocks * triton.cdiv(rows, tile.block_n),)](
         x,
         weight.values.view(torch.int32),

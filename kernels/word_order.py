@@ -13,8 +13,10 @@ from torch import Tensor
 def to_word_order(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """[..., D] in natural order to [..., D] in word order (D a multiple of 32), cast to dtype."""
     groups = x.unflatten(-1, (-1, 8, 4)).transpose(-1, -2)
-    return torch.empty(groups.shape, dtype=dtype or x.dtype, device=x.device).copy_(groups).view(
-        x.shape
+    return (
+        torch.empty(groups.shape, dtype=dtype or x.dtype, device=x.device)
+        .copy_(groups)
+        .view(x.shape)
     )
 
 

@@ -20,9 +20,8 @@ def moe_gemm_gate_up(
     *,
     limit: float,
     alpha: float,
-    tile: object = None,
 ) -> Tensor:
-    """Same arguments and result as the kernel, in fp32, cast at the end; the tile is ignored."""
+    """Same arguments and result as the kernel, in fp32, cast at the end."""
     top_k = routing.expert_weights.shape[1]
     pair_expert = _pair_expert(routing)
     out = x_TD.new_empty((len(pair_expert), gate_up.shape[1] // 2))
@@ -34,10 +33,8 @@ def moe_gemm_gate_up(
     return to_word_order(out)
 
 
-def moe_gemm_down(
-    hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing, *, tile: object = None
-) -> Tensor:
-    """Same arguments and result as the kernel, in fp32; the tile is ignored."""
+def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
+    """Same arguments and result as the kernel, in fp32."""
     pair_expert = _pair_expert(routing)
     hidden = from_word_order(hidden).float()
     out = torch.empty((len(hidden), down.shape[1]), device=hidden.device)

@@ -1,0 +1,66 @@
+"""Routing of many tokens against loops written out in Python."""
+
+import pytest
+import torch
+
+from kernels.moe_routing import Routing, route_tokens
+
+
+def check_blocks(routing: Routing, expert_ids_TK: list[list[int]], experts: int) -> None:
+    """Every pair stands once, in a block of its expert; blocks are in the order of experts."""
+    pairs = routing.expert_weights.numel()
+    top_k = routing.expert_weights.shape[1]
+    blocks, block_rows = routing.block_rows.shape
+    owners = routing.block_expert.tolist()
+    assert owners == sorted(owners) and len(owners) == blocks
+    seen = []
+    for owner, rows in zip(owners, routing.block_rows.tolist(), strict=True):
+        working = [row for row in rows if row < pairs]
+        assert all(row == pairs for row in rows[len(working) :])
+        assert (owner == experts) == (not working)
+        assert all(expert_ids_TK[row // top_k][row % top_k] == owner for row in working)
+        assert working == sorted(working)
+        seen += working
+    assert sorted(seen) == list(range(pairs))
+    counts = [sum(ids.count(e) for ids in expert_ids_TK) for e in range(experts)]
+    assert sum(owner < experts for owner in owners) == sum(-(-c // block_rows) for c in counts)
+
+
+@pytest.mark.parametrize("block_rows", [16, 64])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k"), [(1, 4, 4), (1, 32, 4), (37, 5, 2), (100, 8, 1), (300, 128, 4)]
+)
+def test_routing(device, tokens, experts, top_k, block_rows):
+    torch.manual_seed(tokens)
+    logits = torch.randn(tokens, experts, device=device) * 3
+    logits[:, 0] += 2  # uneven
+    routing = route_tokens(logits, top_k, block_rows)
+    chosen = [sorted(range(experts), key=lambda e: (-row[e], e))[:top_k] for row in logits.tolist()]
+    check_blocks(routing, chosen, experts)
+    picked = torch.stack([row[ids] for row, ids in zip(logits, chosen, strict=True)])
+    weights = picked.exp() / picked.exp().sum(-1, keepdim=True)
+    torch.testing.assert_close(routing.expert_weights, weights, rtol=1e-5, atol=1e-7)
+    assert routing.expert_weights.dtype == torch.float32
+    assert routing.block_rows.dtype == routing.block_expert.dtype == torch.int32
+
+
+def test_ties_take_the_lower_id(device):
+    logits = torch.tensor([[0.0, 1, 0, 1, 1, 0, 0, 1], [2.0] * 8], device=device)
+    routing = route_tokens(logits, 4, 16)
+    check_blocks(routing, [[1, 3, 4, 7], [0, 1, 2, 3]], 8)
+    assert routing.expert_weights.tolist() == [[0.25] * 4] * 2
+
+
+def test_all_tokens_to_one_expert(device):
+    logits = torch.zeros(50, 6, device=device)
+    logits[:, 5] = 9.0
+    check_blocks(route_tokens(logits, 1, 16), [[5]] * 50, 6)
+
+
+def test_the_plan_does_not_depend_on_the_logits(device):
+    """Sizes are the largest that any routing needs: nothing waits for the device."""
+    shapes = {
+        route_tokens(torch.randn(64, 8, device=device) * scale, 4, 16).block_rows.shape
+        for scale in (0.0, 1.0, 50.0)
+    }
+    assert shapes == {(16 + 8, 16)}
