@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from loaders import hub
-from loaders.checkpoint import open_folder
+from loaders.checkpoint import open_files, open_folder
+from loaders.files import CheckpointFiles
 from moe_runtime.backend import Backend
 from moe_runtime.backends import create_backend
 from moe_runtime.bundled import BUNDLED
@@ -20,7 +21,7 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.generate import MAX_LOGPROBS, Generation, Request, StopOn, TextStream
 from moe_runtime.generation_config import GenerationDefaults
 from moe_runtime.harmony import HarmonyTokens
-from moe_runtime.models.registry import find_family
+from moe_runtime.models.registry import find_family, plan_model
 from moe_runtime.output_text import ChannelText, OutputText, PlainText
 from moe_runtime.plan import MemoryPlan
 from moe_runtime.prompt import EncodedPrompt, Prompt, check_token_ids, encode_prompt
@@ -100,29 +101,30 @@ class MoeModel:
             local_files_only=local_files_only,
             progress=progress,
             bundled=BUNDLED,
+            before_weights=_check_headers,
         )
-        checkpoint = open_folder(folder)
-        family = find_family(checkpoint.config, checkpoint.layout)
-        config = family.read_config(
-            checkpoint.config, checkpoint.generation_config, checkpoint.layout
-        )
-        # Everything that can be wrong in small files is found before the weights are read.
-        tokenizer = load_tokenizer(checkpoint, config.vocab_size)
-        defaults = GenerationDefaults.read(
-            checkpoint.generation_config,
-            vocab_size=config.vocab_size,
-            eos_token_ids=config.eos_token_ids,
-        )
-        made = create_backend(
-            checkpoint,
-            family,
-            config,
-            device=device,
-            backend=backend,
-            dtype=dtype,
-            max_context=max_context,
-            progress=progress,
-        )
+        with open_folder(folder) as checkpoint:
+            family = find_family(checkpoint.config, checkpoint.layout)
+            config = family.read_config(
+                checkpoint.config, checkpoint.generation_config, checkpoint.layout
+            )
+            # Everything that can be wrong in small files is found before the weights are read.
+            tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+            defaults = GenerationDefaults.read(
+                checkpoint.generation_config,
+                vocab_size=config.vocab_size,
+                eos_token_ids=config.eos_token_ids,
+            )
+            made = create_backend(
+                checkpoint,
+                family,
+                config,
+                device=device,
+                backend=backend,
+                dtype=dtype,
+                max_context=max_context,
+                progress=progress,
+            )
         load_s = time.perf_counter() - started
         return cls(made, config, tokenizer=tokenizer, defaults=defaults, load_s=load_s)
 
@@ -165,7 +167,7 @@ class MoeModel:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
         ignore_eos: bool = False,
         logprobs: int = 0,
         stop_on: StopOn | None = None,
@@ -207,7 +209,7 @@ class MoeModel:
         repetition_penalty: float | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
-        eos_token_ids: Sequence[int] | None = None,
+        eos_token_ids: int | Sequence[int] | None = None,
         ignore_eos: bool = False,
         logprobs: int = 0,
         stop_on: StopOn | None = None,
@@ -335,12 +337,14 @@ class MoeModel:
         return PlainText(tokenizer.detokenizer(), stops)
 
     def _eos(
-        self, output: OutputText, eos_token_ids: Sequence[int] | None, *, ignore_eos: bool
+        self, output: OutputText, eos_token_ids: int | Sequence[int] | None, *, ignore_eos: bool
     ) -> frozenset[int]:
         if ignore_eos:
             return frozenset()
         if eos_token_ids is not None:
-            return frozenset(check_token_ids(eos_token_ids, self.config.vocab_size))
+            given = [eos_token_ids] if isinstance(eos_token_ids, int) else eos_token_ids
+            size = self.config.vocab_size
+            return frozenset(check_token_ids(given, size, where="eos_token_ids"))
         ids = frozenset(self._defaults.eos_token_ids)
         # Early generation configs lack <|call|>; without it a chat runs on past its tool call.
         if self._harmony is not None and isinstance(output, ChannelText):
@@ -374,6 +378,11 @@ class _NoText:
 
     def finish(self) -> str:
         return ""
+
+
+def _check_headers(files: CheckpointFiles) -> None:
+    """Refuse a checkpoint that cannot be opened before its weights are downloaded."""
+    plan_model(open_files(files))
 
 
 def _negative_log_likelihood(logits_TV: torch.Tensor, ids: Sequence[int], first: int) -> float:

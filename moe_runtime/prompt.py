@@ -52,7 +52,9 @@ def encode_prompt(
     return EncodedPrompt(check_token_ids(ids, vocab_size), is_chat)
 
 
-def check_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
+def check_token_ids(
+    token_ids: Sequence[Any], vocab_size: int, *, where: str = "the prompt"
+) -> list[int]:
     """The ids as a list of int; raises ValueError for one that is no id of the model."""
     checked = []
     for i, token_id in enumerate(token_ids):
@@ -62,7 +64,7 @@ def check_token_ids(token_ids: Sequence[Any], vocab_size: int) -> list[int]:
             value = -1
         if isinstance(token_id, bool) or not 0 <= value < vocab_size:
             raise ValueError(
-                f"token id {i} of the prompt: expected a whole number from 0 to "
+                f"token id {i} of {where}: expected a whole number from 0 to "
                 f"{vocab_size - 1}, got {_shown(token_id)}"
             )
         checked.append(value)

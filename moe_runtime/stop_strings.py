@@ -49,7 +49,9 @@ class StopStrings:
 
 def check_stops(stop: str | Sequence[str] | None) -> tuple[str, ...]:
     """The `stop` argument as a tuple; raises ValueError unless it is text or a list of texts."""
-    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if stop is None:
+        return ()
+    stops = tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
     for text in stops:
         if not isinstance(text, str) or not text:
             raise ValueError(f"stop: expected a text or a list of texts, not empty, got {text!r}")
