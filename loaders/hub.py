@@ -8,7 +8,6 @@ template of the root folder, or of original/ when the root has no safetensors. P
 from __future__ import annotations
 
 import glob
-import json
 import re
 import shutil
 import warnings
@@ -22,7 +21,6 @@ from huggingface_hub import (
     HfApi,
     constants,
     get_token,
-    hf_hub_url,
     snapshot_download,
     try_to_load_from_cache,
 )
@@ -32,44 +30,24 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from tqdm import tqdm
 
 from loaders.errors import CheckpointError
+from loaders.files import CheckpointFiles
 from loaders.hub_errors import hub_errors, is_unreachable, not_cached
 from loaders.hub_fetch import BlobDownload, fetch_all
+from loaders.hub_files import HubFile, HubFiles, HubRepo
+from loaders.json_text import parse_json_object, shown
+from loaders.safetensors_index import INDEX, SINGLE, safetensors_in
 
 SMALL_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
-    "special_tokens_map.json",
     "chat_template.jinja",
     "original/config.json",
 )
-_INDEX = "model.safetensors.index.json"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _LARGEST_HTTP_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # the hub serves larger ones by Xet only
 _NONE_BUNDLED: Mapping[str, Path] = MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class HubFile:
-    """One file of a repository."""
-
-    size: int  # bytes
-    sha256: str | None  # None for small files kept in git itself
-
-
-@dataclass(frozen=True)
-class HubRepo:
-    """What the hub says about one revision of a model."""
-
-    repo_id: str
-    revision: str  # as asked for
-    commit: str  # what it stands for now
-    files: Mapping[str, HubFile]
-
-    def url(self, name: str) -> str:
-        """Where a file of exactly this commit is served."""
-        return hf_hub_url(self.repo_id, name, revision=self.commit)
 
 
 def resolve(
@@ -79,14 +57,14 @@ def resolve(
     local_files_only: bool = False,
     progress: bool = True,
     bundled: Mapping[str, Path] = _NONE_BUNDLED,
-    before_weights: Callable[[Path], None] | None = None,
+    before_weights: Callable[[CheckpointFiles], None] | None = None,
 ) -> Path:
     """The folder of a checkpoint, downloaded first if it is a hub id that is not in the cache.
 
     path_or_id:      a name in `bundled`, an existing folder, or a hub id (OWNER/NAME)
     revision:        branch, tag or commit; for hub ids only
-    before_weights:  called with the folder once configs and tokenizer are there; it may raise to
-                     stop before gigabytes are fetched
+    before_weights:  called, when weights are about to be fetched, with the remote files: it may
+                     open their configs and headers and raise
     Raises CheckpointError with what to do: not found, gated, refused, unreachable, disk too small.
 
     An interrupted download goes on from the last byte. With HF_HUB_OFFLINE or local_files_only the
@@ -193,24 +171,25 @@ def small_files(names: Collection[str]) -> list[str]:
 
 def weight_index(names: Collection[str]) -> str | None:
     """The file that lists the shards, if there is one."""
-    index = _weights_prefix(names) + _INDEX
+    index = _weights_prefix(names) + INDEX
     return index if index in names else None
 
 
-def weight_files(names: Collection[str], index_text: str | None) -> list[str]:
+def weight_files(names: Collection[str], raw_index: bytes | None) -> list[str]:
     """Of a repository's files: the safetensors to read. An index decides; without it, all of them.
 
     Raises CheckpointError when there are only pickles, or the index names a file that is not there.
     """
     prefix = _weights_prefix(names)
-    if index_text is None:
-        single = prefix + "model.safetensors"
-        return [single] if single in names else _safetensors_in(prefix, names)
-    shards = {prefix + shard for shard in _indexed_shards(index_text, prefix + _INDEX)}
+    if raw_index is None:
+        single = prefix + SINGLE
+        return [single] if single in names else safetensors_in(prefix, names)
+    shards = {prefix + shard for shard in _indexed_shards(raw_index, prefix + INDEX)}
     missing = sorted(shards - set(names))
     if missing:
         raise CheckpointError(
-            f"{prefix}{_INDEX} names {missing[0]}, which is not there ({len(missing)} missing)",
+            f"{prefix}{INDEX} names {shown(missing[0])}, which is not there "
+            f"({len(missing)} missing)",
             hint="the upload is incomplete: try another revision",
         )
     return sorted(shards)
@@ -218,7 +197,7 @@ def weight_files(names: Collection[str], index_text: str | None) -> list[str]:
 
 def _weights_prefix(names: Collection[str]) -> str:
     for prefix in ("", "original/"):
-        if _safetensors_in(prefix, names):
+        if safetensors_in(prefix, names):
             return prefix
     pickles = [name for name in names if name.endswith((".bin", ".pt", ".pth"))]
     found = f"only {pickles[0]} and the like" if pickles else "no weights at all"
@@ -228,36 +207,33 @@ def _weights_prefix(names: Collection[str]) -> str:
     )
 
 
-def _safetensors_in(prefix: str, names: Collection[str]) -> list[str]:
-    pattern = re.compile(re.escape(prefix) + r"[^/]+\.safetensors")
-    return sorted(name for name in names if pattern.fullmatch(name))
-
-
-def _indexed_shards(index_text: str, name: str) -> set[str]:
-    try:
-        weight_map = json.loads(index_text)["weight_map"]
-        return {str(shard) for shard in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+def _indexed_shards(raw_index: bytes, name: str) -> set[str]:
+    weight_map = parse_json_object(raw_index, file=name).get("weight_map")
+    if not isinstance(weight_map, dict):
         raise CheckpointError(
-            f"{name}: not an index of safetensors (no readable weight_map)",
-            hint="delete the file and download it again",
-        ) from error
+            f"{name}: weight_map: expected a JSON object of names",
+            hint="the index is damaged: download it again",
+        )
+    return {str(shard) for shard in weight_map.values()}
 
 
 def _download(
-    repo: HubRepo, *, progress: bool, before_weights: Callable[[Path], None] | None
+    repo: HubRepo, *, progress: bool, before_weights: Callable[[CheckpointFiles], None] | None
 ) -> Path:
-    small = small_files(repo.files)
-    fetch_all(_blob_downloads(repo, small), lambda count: None)
-    folder = _snapshot(repo.repo_id, repo.revision, small)
+    if _is_cached(repo.repo_id, repo.commit):
+        return _snapshot(repo.repo_id, repo.revision, small_files(repo.files))
+    index = weight_index(repo.files)  # refuses a repository without safetensors
+    files = HubFiles(repo)
+    weights = weight_files(repo.files, files.text(index) if index else None)
     if before_weights is not None:
-        before_weights(folder)
-    index = weight_index(repo.files)
-    weights = weight_files(repo.files, (folder / index).read_text() if index else None)
-    downloads = _blob_downloads(repo, weights)
-    _check_disk(repo, downloads)
-    _fetch_with_bar(repo, downloads, progress=progress)
-    return _snapshot(repo.repo_id, repo.revision, small + weights)
+        files.read_headers(weights)
+        before_weights(files)
+    small = _blob_downloads(repo, small_files(repo.files))
+    large = _blob_downloads(repo, weights)
+    _check_disk(repo, small + large)
+    fetch_all(small, lambda count: None)
+    _fetch_with_bar(repo, large, progress=progress)
+    return _snapshot(repo.repo_id, repo.revision, small_files(repo.files) + weights)
 
 
 def _blob_downloads(repo: HubRepo, names: list[str]) -> list[BlobDownload]:
@@ -315,7 +291,7 @@ def _is_cached(repo_id: str, revision: str | None) -> bool:
         files = (path for path in folder.rglob("*") if path.is_file())
         names = {path.relative_to(folder).as_posix() for path in files}
         index = weight_index(names)
-        weight_files(names, (folder / index).read_text() if index else None)
+        weight_files(names, (folder / index).read_bytes() if index else None)
     except (FileNotFoundError, ValueError):  # no such snapshot; not whole, or damaged
         return False
     return True

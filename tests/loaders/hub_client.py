@@ -10,14 +10,17 @@ import json
 import os
 import sys
 import warnings
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import loaders.hub
 from loaders import hub_fetch
 from loaders.errors import CheckpointError
-from loaders.hub import resolve
+from loaders.files import CheckpointFiles
+from loaders.hub import find_repo, resolve, weight_files
+from loaders.hub_errors import hub_errors
+from loaders.hub_files import HubFiles
 
 
 def main() -> None:
@@ -34,14 +37,14 @@ def main() -> None:
 
 def call_resolve(
     *,
-    reject_config: str | None = None,
+    reject_type: str | None = None,
     free_bytes: int | None = None,
     fail_after_bytes: int | None = None,
     **arguments: Any,
 ) -> dict[str, Any]:
     """resolve, with faults of the machine if asked: a small disk, or one that fills up."""
-    if reject_config is not None:
-        arguments["before_weights"] = lambda folder: reject(folder, reject_config)
+    if reject_type is not None:
+        arguments["before_weights"] = lambda files: reject(files, reject_type)
     if free_bytes is not None:
         loaders.hub.shutil = SimpleNamespace(  # type: ignore[assignment]
             disk_usage=lambda path: SimpleNamespace(free=free_bytes)
@@ -53,10 +56,10 @@ def call_resolve(
     return {"folder": str(folder), "files": sorted(files)}
 
 
-def reject(folder: Path, message: str) -> None:
+def reject(files: CheckpointFiles, model_type: str) -> None:
     """A caller that reads the config and does not like it."""
-    assert (folder / "config.json").is_file()
-    raise CheckpointError(message)
+    if json.loads(files.text("config.json") or b"")["model_type"] == model_type:
+        raise CheckpointError(f"{model_type} is not supported")
 
 
 def fill_disk_after(limit: int) -> None:
@@ -71,7 +74,42 @@ def fill_disk_after(limit: int) -> None:
     hub_fetch._PartialFile.append = limited  # type: ignore[method-assign, assignment]
 
 
-CALLS = {"resolve": call_resolve}
+def call_headers(repo_id: str) -> dict[str, Any]:
+    """The tensors of every shard, as HubFiles reads them: remote_headers without torch."""
+    with hub_errors(repo_id, None):
+        repo = find_repo(repo_id, None)
+    assert repo is not None
+    files = HubFiles(repo)
+    shards = weight_files(files.names(), files.text("model.safetensors.index.json"))
+    files.read_headers(shards)
+    headers = [files.header(shard) for shard in shards]
+    return {"tensors": {name: info.nbytes for part in headers for name, info in part.items()}}
+
+
+def call_remote_headers(**arguments: Any) -> dict[str, Any]:
+    """remote_headers, and what its checkpoint says."""
+    from loaders.hub_headers import remote_headers  # slow import: torch
+
+    checkpoint = remote_headers(**arguments)
+    name = next(iter(checkpoint.tensors))
+    read_error = ""
+    try:
+        checkpoint.read(name)
+    except CheckpointError as error:
+        read_error = error.message
+    return {
+        "tensors": {name: info.nbytes for name, info in checkpoint.tensors.items()},
+        "config": checkpoint.config,
+        "template": checkpoint.file_text("chat_template.jinja"),
+        "read_error": read_error,
+    }
+
+
+CALLS: dict[str, Callable[..., dict[str, Any]]] = {
+    "resolve": call_resolve,
+    "headers": call_headers,
+    "remote_headers": call_remote_headers,
+}
 
 if __name__ == "__main__":
     main()

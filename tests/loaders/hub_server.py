@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,12 +46,12 @@ class FakeHub:
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
-    unlisted: set[str] = field(default_factory=set)  # files the listing hides but resolve knows
     drop_after: dict[str, list[int]] = field(default_factory=dict)  # file: bytes, per connection
     hang_after: dict[str, int] = field(default_factory=dict)  # file: bytes, then silence
     corrupt: set[str] = field(default_factory=set)  # files sent with a flipped byte
     broken: int | None = None  # HTTP status of every answer
     ignore_ranges: bool = False
+    pause_after: int | None = None  # bytes of any file, then a second to let the client hang up
     requests: list[Request] = field(default_factory=list)
     hanging: threading.Event = field(default_factory=threading.Event)
     released: threading.Event = field(default_factory=threading.Event)
@@ -178,14 +179,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _repo_request(self, match: re.Match[str]) -> None:
         repo = match["repo"]
         files = self.hub.repos[repo]
-        listed = {name: files[name] for name in files if name not in self.hub.unlisted}
         if match.re is _INFO:
-            siblings = [self._sibling(name, content) for name, content in listed.items()]
+            siblings = [self._sibling(name, content) for name, content in files.items()]
             info = {"_id": "1", "id": repo, "modelId": repo, "sha": COMMIT, "private": False,
                     "tags": [], "downloads": 0, "likes": 0, "siblings": siblings}  # fmt: skip
             self._json(info)
         elif match.re is _TREE:
-            self._json([self._tree_entry(name, content) for name, content in listed.items()])
+            self._json([self._tree_entry(name, content) for name, content in files.items()])
         elif match["name"] not in files:
             self._error(404, code="EntryNotFound", message="Entry not found")
         elif repo in self.hub.gated:
@@ -267,6 +267,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _write(self, body: bytes) -> None:
         step = 1 << 14
         for start in range(0, len(body), step):
+            if self.hub.pause_after and start <= self.hub.pause_after < start + step:
+                time.sleep(1)
             try:
                 self.wfile.write(body[start : start + step])
             except OSError:  # the client has read enough

@@ -29,6 +29,16 @@ def shard(seed: int) -> bytes:
     return b"".join((seed * 1_000_003 + i).to_bytes(4, "little") for i in range(SHARD_BYTES // 4))
 
 
+def safetensors(sizes: dict[str, int]) -> bytes:
+    """A safetensors file of uint8 tensors, all zero, with these sizes."""
+    header, end = {}, 0
+    for name, size in sizes.items():
+        header[name] = {"dtype": "U8", "shape": [size], "data_offsets": [end, end + size]}
+        end += size
+    raw = json.dumps(header).encode()
+    return len(raw).to_bytes(8, "little") + raw + bytes(end)
+
+
 def files() -> dict[str, bytes]:
     names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
     weight_map = {"a": names[0], "b": names[1]}
@@ -210,9 +220,21 @@ def test_bytes_that_differ_from_the_listing_are_thrown_away(hub: FakeHub, client
 
 
 def test_stops_before_weights_when_the_caller_objects(hub: FakeHub, client: Client) -> None:
-    result = client.resolve(reject_config="tiny is not supported")
-    assert result["error"] == "tiny is not supported"
-    assert not any(name.endswith("safetensors") for name in hub.fetched())
+    names = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    hub.repos[MODEL] |= {name: safetensors({name: 500_000}) for name in names}
+    assert client.resolve(reject_type="tiny")["error"] == "tiny is not supported"
+    assert [hub.ranges(name) for name in names] == [["bytes=0-99999"]] * 2, "headers alone"
+
+    assert "folder" in client.resolve(reject_type="other")
+    hub.requests.clear()
+    assert "folder" in client.resolve(reject_type="tiny"), "what is here is the caller's to check"
+    assert not hub.fetched()
+
+
+def test_a_damaged_header_stops_before_weights(hub: FakeHub, client: Client) -> None:
+    result = client.resolve(reject_type="other")  # no shard of these tests has a header
+    assert "not a safetensors file" in result["error"]
+    assert sum(hub.fetched().values()) < SHARD_BYTES
 
 
 def test_too_small_a_disk_is_told_before_anything_large_is_fetched(
@@ -309,7 +331,7 @@ def test_unreachable_hub_serves_the_cache_with_a_warning(hub: FakeHub, client: C
 def test_an_index_that_names_a_missing_shard_is_refused(hub: FakeHub, client: Client) -> None:
     del hub.repos[MODEL]["model-00002-of-00002.safetensors"]
     result = client.resolve()
-    assert "names model-00002-of-00002.safetensors, which is not there" in result["error"]
+    assert "names 'model-00002-of-00002.safetensors', which is not there" in result["error"]
 
 
 def test_choice_of_files() -> None:
@@ -317,9 +339,9 @@ def test_choice_of_files() -> None:
     assert weight_files(names, None) == ["a.safetensors", "b.safetensors"]
     assert weight_files([*names, "model.safetensors"], None) == ["model.safetensors"]
     assert small_files(names) == ["config.json"]
-    with pytest.raises(CheckpointError, match=r"names \.\./evil\.safetensors"):
-        weight_files(names, '{"weight_map": {"w": "../evil.safetensors"}}')
-    for index in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 1}}', "[" * 100_000):
+    with pytest.raises(CheckpointError, match=r"names '\.\./evil\.safetensors'"):
+        weight_files(names, b'{"weight_map": {"w": "../evil.safetensors"}}')
+    for index in (b"[]", b"{", b'{"weight_map": 3}', b'{"weight_map": {"a": 1}}', b"[" * 100_000):
         with pytest.raises(CheckpointError):
             weight_files(names, index)
 
@@ -341,3 +363,60 @@ def test_local_names(tmp_path: Path) -> None:
     for name in ("./missing", "/missing/folder", "a/b/c", "~/missing", "a b", "", "a..b", "-x/y"):
         with pytest.raises(CheckpointError, match="no such folder"):
             local_folder(name)
+
+
+@pytest.fixture
+def large(hub: FakeHub) -> dict[str, int]:
+    """A model of 6 MB in two shards, one with a header of its own size; sizes by tensor."""
+    one = {"a": 3_000_000}
+    many = {f"layers.{i}.a.rather.long.name": 1000 for i in range(3000)}
+    shards = {"model-00001-of-00002.safetensors": one, "model-00002-of-00002.safetensors": many}
+    weight_map = {name: shard for shard, sizes in shards.items() for name in sizes}
+    hub.repos[MODEL] |= {shard: safetensors(sizes) for shard, sizes in shards.items()}
+    hub.repos[MODEL]["model.safetensors.index.json"] = json.dumps(
+        {"weight_map": weight_map}
+    ).encode()
+    return one | many
+
+
+def test_headers_come_without_weights(hub: FakeHub, client: Client, large: dict[str, int]) -> None:
+    result = client.run("remote_headers", repo_id=MODEL, env={"HF_TOKEN": GOOD_TOKEN})
+    assert result["tensors"] == large
+    assert result["config"] == {"model_type": "tiny"}
+    assert result["template"] == "{{ messages }}"
+    assert "only the headers are here" in result["read_error"]
+    first, second = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+    assert hub.ranges(first) == ["bytes=0-99999"]
+    assert hub.ranges(second)[0] == "bytes=0-99999" and len(hub.ranges(second)) == 2
+    header = len(hub.repos[MODEL][second]) - sum(large.values()) + large["a"]
+    assert hub.fetched()[first] + hub.fetched()[second] == 100_000 + header
+    assert not list(client.cache.rglob("blobs")), "nothing is stored"
+
+
+def test_headers_need_no_more_from_a_server_without_ranges(
+    hub: FakeHub, client: Client, large: dict[str, int]
+) -> None:
+    hub.ignore_ranges = True
+    hub.pause_after = 1_000_000
+    assert client.run("headers", repo_id=MODEL)["tensors"] == large
+    assert hub.fetched()["model-00001-of-00002.safetensors"] <= 1_000_000
+
+
+def test_a_dropped_header_is_asked_for_again(
+    hub: FakeHub, client: Client, large: dict[str, int]
+) -> None:
+    hub.drop_after["model-00001-of-00002.safetensors"] = [50]
+    assert client.run("headers", repo_id=MODEL)["tensors"] == large
+
+
+def test_headers_offline_come_from_the_cache(
+    hub: FakeHub, client: Client, large: dict[str, int]
+) -> None:
+    client.resolve()
+    result = client.run("remote_headers", repo_id=MODEL, env={"HF_HUB_OFFLINE": "1"})
+    assert result["tensors"] == large
+
+
+def test_headers_of_a_gated_model_say_so(hub: FakeHub, client: Client) -> None:
+    hub.gated.add(MODEL)
+    assert "gated" in client.run("headers", repo_id=MODEL)["error"]
