@@ -87,6 +87,14 @@ def _decode_tile(words, scales, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
     return tl.reshape(weights, (BLOCK_N, BLOCK_K)).to(dtype)
 
 
+@triton.jit
+def _store_rows(out_ptr, values, pair, working, column, WIDTH: tl.constexpr):
+    """Values [columns, pairs] to rows of [pairs, WIDTH]."""
+    out = out_ptr + pair.to(tl.int64)[:, None] * WIDTH + column[None, :]
+    inside = working[:, None] & (column < WIDTH)[None, :]
+    tl.store(out, tl.trans(values.to(out_ptr.dtype.element_ty)), mask=inside)
+
+
 # A program computes BLOCK_N weight rows of one expert by BLOCK_M pairs. The tiles of a block are
 # neighbours and so are the blocks of an expert, so that both operands come from L2.
 # Grid: B * ceil(N / BLOCK_N).
@@ -122,56 +130,61 @@ def _moe_gemm_kernel(
         pair = tl.load(block_rows_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
         working = pair < pairs
         # Rows without work compute row 0 again and store nothing: no mask in the loop.
-        x_row = tl.where(working, pair // PAIRS_PER_ROW, 0).to(tl.int64)
+        x_row = tl.where(working, pair // PAIRS_PER_ROW, 0)
         i = tl.arange(0, BLOCK_N)
+        # Rows r and r + 8 of every 16 are held by one thread: they become row `place` of the first
+        # and of the second half of what is stored.
+        place = i // 16 * 8 + i % 8
+        second = i // 8 % 2
         if SWIGLU:
-            # Rows r and r + 8 of every 16 are held by one thread: a gate and its up. Activations
-            # come out in the order in which the second GEMM wants its columns.
-            place = tile * (BLOCK_N // 2) + i // 16 * 8 + i % 8
-            n = (place // 32 * 32 + place % 8 * 4 + place % 32 // 8) * 2 + i // 8 % 2
+            # A gate and its up, in the order in which the second GEMM wants its columns.
+            f = tile * (BLOCK_N // 2) + place
+            n = (f // 32 * 32 + f % 8 * 4 + f % 32 // 8) * 2 + second
         else:
-            n = tile * BLOCK_N + i
-        row = expert * N + tl.minimum(n, N - 1)
+            n = tile * BLOCK_N + second * (BLOCK_N // 2) + place
+        row = tl.minimum(n, N - 1)
         k = tl.arange(0, BLOCK_K)
         word = tl.arange(0, BLOCK_K // 8)
         group = tl.arange(0, GROUPS)
-        x_at = x_ptr + x_row[None, :] * K + k[:, None]
-        words_at = words_ptr + row[:, None] * (K // 8) + word[None, :]
-        scales_at = scales_ptr + row[:, None] * (K // 32) + group[None, :]
+        # Offsets fit 32 bits within one expert and within the activations; the bases move.
+        x_offsets = x_row[None, :] * K + k[:, None]
+        word_offsets = row[:, None] * (K // 8) + word[None, :]
+        scale_offsets = row[:, None] * (K // 32) + group[None, :]
+        words_ptr += expert * (N * (K // 8))
+        scales_ptr += expert * (N * (K // 32))
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
         # Too narrow for the asynchronous copies of the other two, scales are read a step ahead.
-        scales = tl.load(scales_at, mask=(group < K // 32)[None, :], other=0)
+        scales = tl.load(scales_ptr + scale_offsets, mask=(group < K // 32)[None, :], other=0)
         for k0 in range(0, K, BLOCK_K):
             if K % BLOCK_K == 0:
-                words = tl.load(words_at)
-                x = tl.load(x_at)
+                words = tl.load(words_ptr + word_offsets)
+                x = tl.load(x_ptr + x_offsets)
             else:
-                words = tl.load(words_at, mask=(word < (K - k0) // 8)[None, :], other=0)
-                x = tl.load(x_at, mask=(k < K - k0)[:, None], other=0.0)
-            scales_at += GROUPS
+                inside = word < (K - k0) // 8
+                words = tl.load(words_ptr + word_offsets, mask=inside[None, :], other=0)
+                x = tl.load(x_ptr + x_offsets, mask=(k < K - k0)[:, None], other=0.0)
+            scales_ptr += GROUPS
             left = group < K // 32 - k0 // 32 - GROUPS
-            next_scales = tl.load(scales_at, mask=left[None, :], other=0)
+            next_scales = tl.load(scales_ptr + scale_offsets, mask=left[None, :], other=0)
             weights = _decode_tile(words, scales, x.dtype, BLOCK_N, BLOCK_K)
             acc = tl.dot(weights, x, acc, input_precision="ieee")
             scales = next_scales
-            words_at += BLOCK_K // 8
-            x_at += BLOCK_K
-        acc += tl.load(bias_ptr + row).to(tl.float32)[:, None]
+            words_ptr += BLOCK_K // 8
+            x_ptr += BLOCK_K
+        acc += tl.load(bias_ptr + expert * N + row).to(tl.float32)[:, None]
+        acc = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
+        upper, lower = tl.split(tl.reshape(acc, (BLOCK_N // 2, BLOCK_M, 2)))
+        column = tl.arange(0, BLOCK_N // 2)
         if SWIGLU:
-            both = tl.permute(tl.reshape(acc, (BLOCK_N // 16, 2, 8, BLOCK_M)), (0, 2, 3, 1))
-            gate, up = tl.split(tl.reshape(both, (BLOCK_N // 2, BLOCK_M, 2)))
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+            gate = tl.minimum(upper, LIMIT)
+            up = tl.minimum(tl.maximum(lower, -LIMIT), LIMIT)
             hidden = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
-            f = tile * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            out = out_ptr + pair.to(tl.int64)[:, None] * (N // 2) + f[None, :]
-            inside = working[:, None] & (f < N // 2)[None, :]
-            tl.store(out, tl.trans(hidden.to(out_ptr.dtype.element_ty)), mask=inside)
+            _store_rows(out_ptr, hidden, pair, working, tile * (BLOCK_N // 2) + column, N // 2)
         else:
-            weight = tl.load(weights_ptr + pair, mask=working, other=0.0)
-            out = out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :]
-            inside = working[:, None] & (n < N)[None, :]
-            tl.store(out, tl.trans(acc * weight[None, :]), mask=inside)
+            weight = tl.load(weights_ptr + pair, mask=working, other=0.0)[None, :]
+            column += tile * BLOCK_N
+            _store_rows(out_ptr, upper * weight, pair, working, column, N)
+            _store_rows(out_ptr, lower * weight, pair, working, column + BLOCK_N // 2, N)
 
 
 # A program adds the K outputs of one token, in order, to BLOCK_D columns of its residual.

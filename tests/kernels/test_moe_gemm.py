@@ -1,4 +1,4 @@
-"""The grouped MXFP4 expert GEMM against its twin, the twin against plain loops, every code exact."""
+"""The grouped MXFP4 expert GEMM against its twin, the twin against loops, every code exact."""
 
 import pytest
 import torch

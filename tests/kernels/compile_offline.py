@@ -1,0 +1,284 @@
+"""Compile every kernel for a GPU that need not be there, as its wrapper would launch it.
+
+    python tests/kernels/compile_offline.py 90          one JSON line for each compiled kernel
+
+LAUNCHES calls each wrapper with tensors on the meta device, in the sizes of gpt-oss-20b and of a
+tiny model; a launch is caught, typed as Triton's launcher would type it, and compiled for the
+architecture asked for. Adding a kernel is adding a row. It runs in a process of its own: the tests
+of values have Triton's interpreter on, and that is decided when Triton is imported.
+"""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from kernels import (  # noqa: E402  (the path above comes first)
+    gemv_bf16,
+    moe_gemm,
+    moe_gemv,
+    read_bandwidth,
+    rms_norm,
+    rope_kv,
+    router_topk,
+    sampling,
+    sink_attention_decode,
+    sink_attention_prefill,
+)
+from kernels.moe_routing import Routing  # noqa: E402
+from quant.formats import MXFP4  # noqa: E402
+from quant.tensor import QuantTensor  # noqa: E402
+
+META = torch.device("meta")
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
+    torch.int32: "i32", torch.uint8: "u8",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Letters as everywhere: see kernels/."""
+
+    D: int
+    F: int
+    H: int
+    G: int
+    C: int
+    E: int
+    K: int
+    W: int
+    V: int
+    context: int
+
+
+GPT_OSS_20B = Sizes(2880, 2880, 64, 8, 64, 32, 4, 128, 201088, 131072)
+TINY = Sizes(64, 96, 8, 2, 16, 8, 4, 8, 256, 64)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one kernel."""
+
+    launch: str  # row of LAUNCHES
+    kernel: str
+    registers: int  # of a thread
+    stack_bytes: int  # of a thread; more than 0 is a spill or an indexed array
+    shared_bytes: int
+    num_warps: int
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META)
+
+
+def fp32(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.float32)
+
+
+def int32(*shape: int) -> Tensor:
+    return empty(*shape, dtype=torch.int32)
+
+
+def mxfp4(experts: int, rows: int, columns: int) -> QuantTensor:
+    values = empty(experts, rows, columns // 2, dtype=torch.uint8)
+    scales = empty(experts, rows, columns // 32, dtype=torch.uint8)
+    return QuantTensor(values, scales, MXFP4, (experts, rows, columns))
+
+
+def run_rms_norm(s: Sizes) -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        rms_norm.rms_norm(fp32(7, s.D), empty(s.D), 1e-5, dtype)
+
+
+def run_rope(s: Sizes) -> None:
+    tables = fp32(s.context, s.C // 2), fp32(s.context, s.C // 2)
+    cache = empty(s.G, s.context, s.C)
+    for dtype in (torch.bfloat16, torch.float32):
+        qkv = empty(1, (s.H + 2 * s.G) * s.C, dtype=dtype)
+        rope_kv.rope_and_cache(qkv, *tables, int32(1), cache, cache, empty(1, s.H, s.C))
+
+
+def run_prefill_attention(s: Sizes) -> None:
+    for tokens in (5, 2048):
+        for window, slots in ((0, max(s.context, tokens)), (s.W, s.W + 2047)):
+            cache, q = empty(s.G, slots, s.C), empty(tokens, s.H, s.C)
+            out = empty(tokens, s.H * s.C)
+            sink_attention_prefill.sink_attention_prefill(
+                q, cache, cache, empty(s.H), int32(1), out, window=window
+            )
+
+
+def run_moe_gemm(s: Sizes) -> None:
+    gate_up, down = mxfp4(s.E, 2 * s.F, s.D), mxfp4(s.E, s.D, s.F)
+    for block_rows in moe_gemm.TILES:
+        routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
+        hidden = moe_gemm.moe_gemm_gate_up(
+            empty(300, s.D), gate_up, empty(s.E, 2 * s.F), routing, limit=7.0, alpha=1.702
+        )
+        outputs = moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
+    moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))
+
+
+def run_gemv(s: Sizes) -> None:
+    for rows, columns in (((s.H + 2 * s.G) * s.C, s.D), (s.D, s.H * s.C), (s.V, s.D)):
+        x, weight, out = fp32(columns), empty(rows, columns), fp32(rows)
+        gemv_bf16.gemv(x, weight, out, norm=empty(columns), bias=empty(rows), eps=1e-5)
+        gemv_bf16.gemv(x, weight, out, add=True)
+    gemv_bf16.embedding(int32(1), empty(s.V, s.D), fp32(s.D))
+
+
+def run_router(s: Sizes) -> None:
+    router_topk.router_topk(
+        fp32(s.D), empty(s.D), empty(s.E, s.D), empty(s.E),
+        eps=1e-5, logits=fp32(s.E), ticket=int32(1), expert_ids=int32(s.K),
+        expert_weights=fp32(s.K), packed=empty(4, s.D // 8, 2, dtype=torch.float16),
+        unscale=fp32(1),
+    )  # fmt: skip
+
+
+def run_moe_gemv(s: Sizes) -> None:
+    hidden = empty(s.K, 4, s.F // 8, 2, dtype=torch.float16)
+    moe_gemv.moe_gate_up(
+        empty(4, s.D // 8, 2, dtype=torch.float16), fp32(1), mxfp4(s.E, 2 * s.F, s.D),
+        empty(s.E, 2 * s.F), int32(s.K), hidden, limit=7.0, alpha=1.702,
+    )  # fmt: skip
+    down, bias = mxfp4(s.E, s.D, s.F), empty(s.E, s.D)
+    moe_gemv.moe_down(hidden, down, bias, int32(s.K), fp32(s.K), fp32(s.D), limit=7.0)
+
+
+def run_decode_attention(s: Sizes) -> None:
+    group = sink_attention_decode.head_group(s.H, s.G)
+    acc = fp32(s.G, sink_attention_decode.SPLITS, group, s.C)
+    for window, slots in ((0, s.context), (s.W, s.W + 2047)):
+        cache = empty(s.G, slots, s.C)
+        sink_attention_decode.sink_attention_decode(
+            empty(s.H, s.C), cache, cache, empty(s.H), int32(1), fp32(s.H, s.C),
+            window=window, acc=acc, stats=fp32(*acc.shape[:-1], 2), ticket=int32(s.G),
+        )  # fmt: skip
+
+
+def run_sampling(s: Sizes) -> None:
+    sampling.sample(fp32(s.V), sampling.make_state(s.V, s.context, META), filtered=False)
+
+
+def run_read_bandwidth(s: Sizes) -> None:
+    read_bandwidth.block_sums(int32(1 << 20))
+
+
+LAUNCHES: dict[str, Callable[[Sizes], None]] = {
+    "rms_norm": run_rms_norm,
+    "rope_kv": run_rope,
+    "sink_attention_prefill": run_prefill_attention,
+    "moe_gemm": run_moe_gemm,
+    "gemv_bf16": run_gemv,
+    "router_topk": run_router,
+    "moe_gemv": run_moe_gemv,
+    "sink_attention_decode": run_decode_attention,
+    "sampling": run_sampling,
+    "read_bandwidth": run_read_bandwidth,
+}
+
+
+def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
+    """Compile what the rows of LAUNCHES (default all) launch, for both sizes, once each."""
+    compiled: dict[str, Compiled] = {}
+
+    def catch(kernel: JITFunction, *args, grid, warmup=False, **kwargs) -> None:
+        source, options = describe(kernel, args, kwargs)
+        key = f"{kernel.fn.__qualname__} {source.signature} {source.constants} {options}"
+        if key not in compiled:
+            compiled[key] = compile_one(row, kernel, source, options, arch)
+
+    launch, JITFunction.run = JITFunction.run, catch
+    try:
+        for row in rows or LAUNCHES:
+            for sizes in (GPT_OSS_20B, TINY):
+                LAUNCHES[row](sizes)
+    finally:
+        JITFunction.run = launch
+    return list(compiled.values())
+
+
+def describe(kernel: JITFunction, args: tuple, kwargs: dict) -> tuple[ASTSource, dict]:
+    """The source as Triton's launcher types it: pointers and sizes that divide by 16, ones folded."""
+    names = [param.name for param in kernel.params]
+    options = {name: value for name, value in kwargs.items() if name not in names}
+    values = kernel.signature.bind(
+        *args, **{name: value for name, value in kwargs.items() if name in names}
+    )
+    values.apply_defaults()
+    signature, constants, aligned = {}, {}, {}
+    for param in kernel.params:
+        value = values.arguments[param.name]
+        fold = value is None or (type(value) is int and value == 1 and not param.do_not_specialize)
+        if param.is_constexpr or fold:
+            signature[param.name] = "constexpr"
+            constants[param.name] = getattr(value, "value", value)
+            continue
+        signature[param.name] = type_name(value)
+        offset = (
+            value.storage_offset() * value.element_size() if isinstance(value, Tensor) else value
+        )
+        if not param.do_not_specialize and not isinstance(offset, float) and offset % 16 == 0:
+            aligned[(param.num,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, aligned), options
+
+
+def type_name(value: object) -> str:
+    """Triton's name of the type of a run-time argument."""
+    if isinstance(value, Tensor):
+        return "*" + TYPES[value.dtype]
+    if isinstance(value, bool):
+        return "i1"
+    if isinstance(value, int):
+        return "i32" if abs(value) < 2**31 else "i64"
+    assert isinstance(value, float), value
+    return "fp32"
+
+
+def compile_one(
+    row: str, kernel: JITFunction, source: ASTSource, options: dict, arch: int
+) -> Compiled:
+    """Compile, and read registers and stack from the binary."""
+    result = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = resource_usage(result.asm["cubin"])
+    return Compiled(
+        row,
+        kernel.fn.__name__,
+        int(re.search(r"REG:(\d+)", usage)[1]),
+        int(re.search(r"STACK:(\d+)", usage)[1]),
+        result.metadata.shared,
+        result.metadata.num_warps,
+    )
+
+
+def resource_usage(cubin: bytes) -> str:
+    """What cuobjdump, which comes with Triton, says of registers and stack."""
+    tool = pathlib.Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        done = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        )
+    return next(line for line in done.stdout.splitlines() if "REG:" in line)
+
+
+if __name__ == "__main__":
+    for entry in compile_all(int(sys.argv[1]), sys.argv[2:] or None):
+        print(json.dumps(asdict(entry)))

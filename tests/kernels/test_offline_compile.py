@@ -1,0 +1,44 @@
+"""Every kernel compiles for Ampere, Hopper and Blackwell without a GPU; the fast ones do not spill."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="needs Triton")
+
+TOOL = pathlib.Path(__file__).with_name("compile_offline.py")
+# Shared memory that one program may have, in bytes.
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+NUM_ROWS = 10
+
+
+@pytest.fixture(scope="module", params=sorted(SHARED_LIMIT), ids="sm_{}".format)
+def compiled(request, tmp_path_factory):
+    """(architecture, compiled kernels), from a process without Triton's interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(TOOL), str(request.param)],
+        env=environment, capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return request.param, [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_every_row_compiles_and_fits(compiled):
+    arch, kernels = compiled
+    assert len({kernel["launch"] for kernel in kernels}) >= NUM_ROWS
+    for kernel in kernels:
+        assert kernel["shared_bytes"] <= SHARED_LIMIT[arch], kernel
+
+
+def test_nothing_spills_where_speed_is_measured(compiled):
+    arch, kernels = compiled
+    if arch != 90:
+        pytest.skip("registers are tuned for sm_90 only")
+    spilled = [kernel for kernel in kernels if kernel["stack_bytes"]]
+    assert not spilled, spilled
