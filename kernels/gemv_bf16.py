@@ -72,7 +72,7 @@ def gemv(
     Reads N * K weights once, which sets its time.
     """
     rows, columns = weight.shape
-    block_n, num_warps = (8, 4) if rows >= 65536 else (4, 4)
+    block_n = 8 if rows >= 65536 else 2
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         x,
         norm if norm is not None else x,
@@ -87,7 +87,7 @@ def gemv(
         ADD=add,
         BLOCK_N=block_n,
         BLOCK_K=min(1024, triton.next_power_of_2(columns)),
-        num_warps=num_warps,
+        num_warps=4,
     )
     return out
 

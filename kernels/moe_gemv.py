@@ -25,8 +25,8 @@ from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 
 # One warp a program: a lane holds whole groups, so no sum leaves a warp and no vector is exchanged.
-GATE_UP_ROWS = 4
-DOWN_ROWS = 2
+GATE_UP_ROWS = 2
+DOWN_ROWS = 1
 
 _CODE_SCALE = tl.constexpr(16384.0)  # codes are decoded as value * 2^-14
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

@@ -1,4 +1,4 @@
-"""The order and scale in which the expert kernels read a token's vector; see kernels/moe_gemv.py."""
+"""The order and scale in which kernels/moe_gemv.py reads a token's vector."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 def pack_vector(x: Tensor) -> Tensor:
     """[..., n] to [..., 4, n / 8, 2] fp16: element (i, w, h) is x[8 w + 4 h + i]."""
-    return x.unflatten(-1, (-1, 2, 4)).movedim(-1, -3).to(torch.float16)
+    return x.unflatten(-1, (-1, 2, 4)).movedim(-1, -3).to(torch.float16).contiguous()
 
 
 def unpack_vector(packed: Tensor) -> Tensor:

@@ -9,15 +9,122 @@ import torch
 from kernels.gemv_bf16 import device_supports_kernels
 from loaders.checkpoint import Checkpoint
 from loaders.names.table import match_names
+from loaders.quant_config import expert_format
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import ModelConfig
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.models.gpt_oss import GptOssReference
 from moe_runtime.models.registry import ModelFamily
-from moe_runtime.plan import MemoryPlan, fit, gb, weights_by_component
+from moe_runtime.plan import MemoryPlan, fit, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.triton_backend import TritonBackend
 
-BACKENDS = ("auto", "reference", "triton")
-_DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
+# Backend -> the values of dtype that it takes: what it computes in.
+DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
+
+
+def create_backend(
+    checkpoint: Checkpoint,
+    family: ModelFamily,
+    config: ModelConfig,
+    *,
+    device: str = "auto",
+    backend: str = "auto",
+    dtype: str = "auto",
+    max_context: int | None = None,
+    progress: bool = True,
+) -> Backend:
+    """Load a checkpoint's weights onto a device and make the backend that runs them.
+
+    device:       "auto" (a GPU on which it fits, else the CPU), "cpu", "cuda" or "cuda:1"
+    backend:      "auto" (triton on a GPU, reference on a CPU), "reference" or "triton"
+    dtype:        "auto", "fp32" (reference) or "bf16" (triton)
+    max_context:  positions of the cache; default the model's own limit or what fits
+    progress:     a bar while loading, and one line on stderr saying what was chosen
+    Raises CheckpointError, UnsupportedModelError, DoesNotFitError or ValueError; nothing large is
+    allocated before names, shapes and the fit are known.
+    """
+    if backend not in ("auto", *DTYPES):
+        raise ValueError(f"backend must be auto, {' or '.join(DTYPES)}, got {backend!r}")
+    if max_context is not None and not 1 <= max_context <= config.max_context:
+        raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
+    expert_format(checkpoint.config, checkpoint.tensors)
+    table = family.name_tables[checkpoint.layout]
+    planned = match_names(checkpoint.tensors, table, config.dims, config.num_layers)
+    weight_bytes = weights_by_component(planned.nbytes)
+    target, plan = _place(config, weight_bytes, device, backend, max_context, progress)
+    name = backend if backend != "auto" else "triton" if target.type == "cuda" else "reference"
+    if dtype not in DTYPES[name]:
+        allowed = " or ".join(DTYPES[name])
+        raise ValueError(f"dtype must be {allowed} for the {name} backend, got {dtype!r}")
+    if name == "triton" and not device_supports_kernels(target):
+        raise ValueError(
+            f"the triton backend needs a CUDA GPU of compute capability 8.0 or more, got {target}; "
+            "use backend='reference'"
+        )
+    weights = load_weights(
+        checkpoint, table, config.dims, config.num_layers, device=target, progress=progress
+    )
+    if progress:
+        _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
+    if name == "triton":
+        with torch.cuda.device(target):
+            return TritonBackend(config, weights, plan, target)
+    return ReferenceBackend(GptOssReference(config, weights, target), plan)
+
+
+def _place(
+    config: ModelConfig,
+    weight_bytes: dict[str, int],
+    device: str,
+    backend: str,
+    max_context: int | None,
+    progress: bool,
+) -> tuple[torch.device, MemoryPlan]:
+    """The device to run on and the plan that fits it."""
+    if device == "auto" and torch.cuda.is_available() and backend != "reference":
+        target = torch.device("cuda", torch.cuda.current_device())
+        if device_supports_kernels(target):
+            try:
+                return target, _fit_gpu(config, weight_bytes, target, max_context)
+            except DoesNotFitError as error:
+                _say(f"running on the CPU, slowly: {error.message}; {error.hint}")
+        elif progress:
+            _say(f"running on the CPU: {target} has a compute capability below 8.0")
+    target = parse_device(device)
+    if target.type == "cuda":
+        return target, _fit_gpu(config, weight_bytes, target, max_context)
+    return target, MemoryPlan(config, weight_bytes, max_context or config.max_context)
+
+
+def parse_device(device: str) -> torch.device:
+    """The device a user names; "auto" that is left over is the CPU. Raises ValueError."""
+    if device in ("auto", "cpu"):
+        return torch.device("cpu")
+    kind, _, number = device.partition(":")
+    if kind != "cuda" or (number and not number.isdigit()):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(number or 0)
+    if index >= count:
+        raise ValueError(f"device {device!r}: this machine has {count} CUDA GPUs; use device='cpu'")
+    return torch.device("cuda", index)
+
+
+def _fit_gpu(
+    config: ModelConfig,
+    weight_bytes: dict[str, int],
+    target: torch.device,
+    max_context: int | None,
+) -> MemoryPlan:
+    free_bytes, _ = torch.cuda.mem_get_info(target)
+    return fit(
+        config, weight_bytes, max_context=max_context, free_bytes=free_bytes, device=str(target)
+    )
+
+
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

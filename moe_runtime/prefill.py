@@ -1,0 +1,100 @@
+"""Prefill: the prompt through all layers, a chunk of tokens at a time, filling the cache.
+
+Dense projections are torch's own matrix products in the weights' dtype; norms, rope, attention and
+experts are our kernels. The residual stream is fp32. Nothing waits for the device.
+
+T tokens of a chunk, D model width, E experts, K experts per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from kernels.moe_gemm import moe_gemm_down, moe_gemm_gate_up, rows_per_block
+from kernels.moe_routing import route_tokens
+from kernels.rms_norm import rms_norm
+from kernels.rope_kv import rope_and_cache
+from kernels.sink_attention_prefill import rows_per_program, sink_attention_prefill
+from moe_runtime.cache import KVCache
+from moe_runtime.config import ModelConfig
+from moe_runtime.decode import LayerWeights, ModelWeights
+
+
+class Prefill:
+    """Runs prompts; shares weights, cache and rope tables with the decode step."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        cache: KVCache,
+        rope: tuple[Tensor, Tensor],
+        chunk: int,
+    ) -> None:
+        self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
+        self.chunk = chunk
+        # Routing is decided in fp32, as the decode step does: a rounded logit flips experts.
+        self._routers = [w.router.float() for w in weights.layers]
+        self._router_biases = [w.router_bias.float() for w in weights.layers]
+        self._position = torch.zeros(1, dtype=torch.int32, device=weights.head.device)
+
+    def run(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """The residual [T, D] fp32 after all layers of each chunk of ids [N] int64, from position 0."""
+        for start in range(0, len(token_ids), self.chunk):
+            self._position.fill_(start)
+            x_TD = self.weights.embedding[token_ids[start : start + self.chunk]].float()
+            for layer, weights in enumerate(self.weights.layers):
+                self._attend(layer, weights, x_TD)
+                self._mix_experts(layer, weights, x_TD)
+            yield x_TD
+
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, V] of residual rows, in the weights' dtype."""
+        w = self.weights
+        return linear(rms_norm(x_TD, w.final_norm, self.config.norm_eps, w.head.dtype), w.head)
+
+    def warm_up_lengths(self) -> list[int]:
+        """One prompt length for every combination of kernel variants that a prompt can need."""
+        c = self.config
+        lengths: dict[tuple[int, int], int] = {}
+        for tokens in range(1, self.chunk + 1):
+            attention = rows_per_program(tokens, c.num_heads // c.num_kv_heads)
+            experts = rows_per_block(tokens, c.experts_per_token, c.num_experts)
+            lengths.setdefault((attention, experts), tokens)
+        return list(lengths.values())
+
+    def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
+        c = self.config
+        normed_TD = rms_norm(x_TD, w.attention_norm, c.norm_eps, w.qkv.dtype)
+        qkv = linear(normed_TD, w.qkv, w.qkv_bias)
+        k_cache, v_cache = self.cache.keys[layer], self.cache.values[layer]
+        q_THC = k_cache.new_empty((len(x_TD), c.num_heads, c.head_width))
+        cos, sin = self.rope
+        rope_and_cache(qkv, cos, sin, self._position, k_cache, v_cache, q_THC)
+        out = w.out.new_empty((len(x_TD), c.attention_width))
+        window = c.sliding_window if c.layer_is_sliding[layer] else 0
+        sink_attention_prefill(
+            q_THC, k_cache, v_cache, w.sinks, self._position, out, window=window
+        )
+        x_TD += linear(out, w.out, w.out_bias)
+
+    def _mix_experts(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
+        c = self.config
+        normed_TD = rms_norm(x_TD, w.moe_norm, c.norm_eps, torch.float32)
+        logits_TE = linear(normed_TD, self._routers[layer], self._router_biases[layer])
+        block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
+        routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
+        hidden = moe_gemm_gate_up(
+            normed_TD.to(w.qkv.dtype),
+            w.gate_up,
+            w.gate_up_bias,
+            routing,
+            limit=c.swiglu_limit,
+            alpha=c.swiglu_alpha,
+        )
+        pairs = moe_gemm_down(hidden, w.down, w.down_bias, routing)
+        x_TD += pairs.unflatten(0, (-1, c.experts_per_token)).sum(1)

@@ -1,0 +1,177 @@
+"""The kernels of one token against their twins: in the interpreter here, on the GPU where there is one.
+
+Shapes are tiny and odd on purpose: widths that are no power of two, more heads than fill a tile,
+windows that wrap the ring. Output buffers start as NaN, tickets must end at zero.
+"""
+
+import pytest
+import torch
+
+from kernels import gemv_bf16, moe_gemv, router_topk, sink_attention_decode
+from kernels.packed_vector import pack_vector, unpack_vector
+from kernels.reference import gemv_bf16 as gemv_twin
+from kernels.reference import moe_gemv as moe_twin
+from kernels.reference import router_topk as router_twin
+from kernels.reference import sink_attention_decode as attention_twin
+from quant.formats import MXFP4
+from quant.tensor import QuantTensor
+from tests.tolerances import assert_close
+
+NAN = float("nan")
+
+
+def random_mxfp4(experts: int, rows: int, columns: int, device) -> QuantTensor:
+    values = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=device)
+    scales = torch.randint(118, 126, (experts, rows, columns // 32), device=device)
+    shape = (experts, rows, columns)
+    return QuantTensor(values, scales.to(torch.uint8), MXFP4, shape)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize("columns", [64, 96, 1100])
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("add", [False, True])
+def test_gemv(device, rows, columns, norm, add):
+    x = torch.randn(columns, device=device) * 3
+    weight = torch.randn(rows, columns, device=device).bfloat16()
+    bias = torch.randn(rows, device=device)
+    start = torch.randn(rows, device=device) if add else torch.full((rows,), NAN, device=device)
+    options = {"bias": bias, "add": add, "eps": 1e-5}
+    if norm:
+        options["norm"] = torch.rand(columns, device=device) + 0.5
+    expected = gemv_twin.gemv(x, weight, start.clone(), **options)
+    actual = gemv_bf16.gemv(x, weight, start.clone(), **options)
+    assert_close(actual, expected, "gemv")
+
+
+def test_embedding(device):
+    table = torch.randn(11, 300, device=device).bfloat16()
+    token = torch.tensor([10], dtype=torch.int32, device=device)
+    out = torch.full((300,), NAN, device=device)
+    assert torch.equal(gemv_bf16.embedding(token, table, out), table[10].float())
+
+
+def router_buffers(experts: int, top_k: int, width: int, device) -> dict[str, torch.Tensor]:
+    return {
+        "logits": torch.full((experts,), NAN, device=device),
+        "ticket": torch.zeros(1, dtype=torch.int32, device=device),
+        "expert_ids": torch.full((top_k,), -1, dtype=torch.int32, device=device),
+        "expert_weights": torch.full((top_k,), NAN, device=device),
+        "packed": torch.full((4, width // 8, 2), NAN, dtype=torch.float16, device=device),
+        "unscale": torch.full((1,), NAN, device=device),
+    }
+
+
+@pytest.mark.parametrize(
+    ("experts", "top_k", "width"), [(8, 4, 96), (1, 1, 64), (5, 3, 160), (130, 4, 64)]
+)
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_router(device, experts, top_k, width, size):
+    x = torch.randn(width, device=device) * size
+    norm = torch.rand(width, device=device) + 0.5
+    router = torch.randn(experts, width, device=device).bfloat16()
+    bias = torch.randn(experts, device=device)
+    actual = router_buffers(experts, top_k, width, device)
+    expected = router_buffers(experts, top_k, width, device)
+    router_topk.router_topk(x, norm, router, bias, eps=1e-5, **actual)
+    router_twin.router_topk(x, norm, router, bias, eps=1e-5, **expected)
+    assert torch.equal(actual["expert_ids"], expected["expert_ids"])
+    assert torch.equal(actual["unscale"], expected["unscale"])
+    assert int(actual["ticket"]) == 0
+    for name in ("logits", "expert_weights"):
+        assert_close(actual[name], expected[name], "router")
+    assert_close(actual["packed"], expected["packed"], "packed_fp16")
+
+
+def test_router_ties_take_the_lower_id(device):
+    buffers = router_buffers(8, 4, 64, device)
+    zeros = torch.zeros(8, 64, device=device)
+    bias = torch.tensor([0.0, 1, 0, 1, 1, 0, 0, 1], device=device)
+    x = torch.randn(64, device=device)
+    router_topk.router_topk(x, torch.ones_like(x), zeros, bias, eps=1e-5, **buffers)
+    assert buffers["expert_ids"].tolist() == [1, 3, 4, 7]
+    assert buffers["expert_weights"].tolist() == [0.25] * 4
+
+
+def test_packing_has_an_inverse(device):
+    x = torch.randn(3, 96, device=device).half().float()
+    assert torch.equal(unpack_vector(pack_vector(x)), x)
+
+
+@pytest.mark.parametrize(("width", "expert_width"), [(64, 96), (96, 160), (1056, 64)])
+def test_experts(device, width, expert_width):
+    experts, top_k = 6, 3
+    ids = torch.tensor([4, 0, 5], dtype=torch.int32, device=device)
+    mixing = torch.rand(top_k, device=device)
+    packed = pack_vector(torch.randn(width, device=device) * 4096)
+    unscale = torch.full((1,), 2.0**-12, device=device)
+    gate_up = random_mxfp4(experts, 2 * expert_width, width, device)
+    gate_up_bias = torch.randn(experts, 2 * expert_width, device=device)
+    down = random_mxfp4(experts, width, expert_width, device)
+    down_bias = torch.randn(experts, width, device=device)
+    shape = (top_k, 4, expert_width // 8, 2)
+    hidden = torch.full(shape, NAN, dtype=torch.float16, device=device)
+    expected = hidden.clone()
+    for module, out in ((moe_gemv, hidden), (moe_twin, expected)):
+        module.moe_gate_up(
+            packed, unscale, gate_up, gate_up_bias, ids, out, limit=7.0, alpha=1.702
+        )
+    assert_close(hidden, expected, "moe_gemv_mxfp4")
+    residual = torch.randn(width, device=device)
+    twin_residual = residual.clone()
+    moe_gemv.moe_down(hidden, down, down_bias, ids, mixing, residual, limit=7.0)
+    moe_twin.moe_down(hidden, down, down_bias, ids, mixing, twin_residual, limit=7.0)
+    assert_close(residual, twin_residual, "moe_gemv_mxfp4")
+
+
+def test_every_code_and_scale_of_the_experts(device):
+    """One code and one scale at a time, exact: all others are zero."""
+    ids = torch.zeros(1, dtype=torch.int32, device=device)
+    weights = torch.ones(1, device=device)
+    hidden = torch.zeros(1, 32)
+    hidden[0, 13] = 1.0
+    packed = pack_vector(hidden * 1024).to(device)
+    values = torch.zeros(1, 16, 16, dtype=torch.uint8, device=device)
+    values[0, :, 6] = torch.arange(16, device=device).to(torch.uint8) << 4
+    table = [0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]
+    for byte in (0, 1, 64, 127, 200, 254):
+        scales = torch.full((1, 16, 1), byte, dtype=torch.uint8, device=device)
+        down = QuantTensor(values, scales, MXFP4, (1, 16, 32))
+        out = torch.zeros(16, device=device)
+        moe_gemv.moe_down(packed, down, torch.zeros(1, 16, device=device), ids, weights, out, limit=7.0)
+        expected = torch.tensor(table) * 2.0 ** (byte - 127)
+        assert torch.equal(out.cpu(), expected), byte
+
+
+@pytest.mark.parametrize(
+    ("position", "window", "slots"),
+    [(0, 0, 8), (5, 8, 16), (299, 0, 300), (250, 100, 300), (700, 128, 300), (64, 1, 100)],
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 16), (6, 3, 32), (20, 1, 16)])
+def test_attention(device, position, window, slots, heads, kv_heads, width):
+    # fp32 caches in the interpreter, which gets bf16 arithmetic wrong; bf16 on a GPU.
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    q = (torch.randn(heads, width, device=device) * 2).to(dtype)
+    k_cache = torch.randn(kv_heads, slots, width, device=device).to(dtype)
+    v_cache = torch.randn(kv_heads, slots, width, device=device).to(dtype)
+    sinks = torch.randn(heads, device=device) * 3
+    group = sink_attention_decode.head_group(heads, kv_heads)
+    shape = (kv_heads, sink_attention_decode.SPLITS, group)
+    scratch = {
+        "acc": torch.full((*shape, width), NAN, device=device),
+        "stats": torch.full((*shape, 2), NAN, device=device),
+        "ticket": torch.zeros(kv_heads, dtype=torch.int32, device=device),
+    }
+    where = torch.tensor([position], dtype=torch.int32, device=device)
+    out = torch.full((heads, width), NAN, device=device)
+    expected = out.clone()
+    arguments = (q, k_cache, v_cache, sinks, where)
+    attention_twin.sink_attention_decode(*arguments, expected, window=window, **scratch)
+    sink_attention_decode.sink_attention_decode(*arguments, out, window=window, **scratch)
+    assert_close(out, expected, "attention" if dtype == torch.float32 else "attention_bf16")
+    assert scratch["ticket"].sum() == 0
