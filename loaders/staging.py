@@ -50,7 +50,11 @@ def copy_spans(
     on_bytes: called with the count of each piece, by one thread at a time
     Raises CheckpointError when a file cannot be read or ends early; the targets are undefined then.
     """
-    num_readers = max(1, min(num_readers, os.cpu_count() or 1))
+    total = sum(len(span.target) for span in spans)
+    num_readers = max(1, min(num_readers, os.cpu_count() or 1, -(-total // buffer_bytes)))
+    buffer_bytes = min(buffer_bytes, max((len(span.target) for span in spans), default=0))
+    if not buffer_bytes:
+        return
     with contextlib.ExitStack() as stack:
         files = {path: _open(path, stack) for path in dict.fromkeys(s.path for s in spans)}
         chunks = _Chunks(spans, buffer_bytes)

@@ -182,8 +182,10 @@ def _read_rope(reader: ConfigReader, max_context: int) -> YarnRope:
     scaling = reader.mapping(key) if given else ConfigReader({}, f"{reader.file}: {key}")
     theta_reader = reader if scaling.values.get("rope_theta") is None else scaling
     theta = theta_reader.number("rope_theta", above=1.0)
+    if any(isinstance(value, Mapping) for value in scaling.values.values()):
+        raise unsupported(f"{key} for each kind of layer", "one rope for all layers")
     kind = scaling.text("rope_type", "type", default="default")
-    if kind == "default" and not any(isinstance(v, Mapping) for v in scaling.values.values()):
+    if kind == "default":
         return YarnRope(theta, 1.0, _BETA_FAST, _BETA_SLOW, max_context, truncate=False)
     if kind != "yarn":
         raise unsupported(f"rope type {shown(kind)} in {key}", "'yarn' and 'default'")

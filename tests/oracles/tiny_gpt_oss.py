@@ -80,9 +80,11 @@ def write_tiny_gpt_oss(
     tensors = tiny_tensors(seed, layers, d, f, heads, kv, hd, experts, vocab)
     if layout == "original":
         tensors = to_original(tensors, layers)
-        config = _original_config(layers, d, f, heads, kv, hd, experts, topk, window, vocab)
-    else:
-        config = _config(layers, d, f, heads, kv, hd, experts, topk, window, vocab)
+    make_config = original_config if layout == "original" else hf_config
+    config = make_config(
+        layers=layers, d=d, f=f, heads=heads, kv=kv, hd=hd, experts=experts, topk=topk,
+        window=window, vocab=vocab,
+    )  # fmt: skip
     write_shards(weights, tensors, shards, layout=layout)
     if tensors_only:
         return tensors
@@ -216,10 +218,11 @@ def _byte_alphabet() -> list[str]:
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
-def _config(
-    layers: int, d: int, f: int, heads: int, kv: int, hd: int, experts: int, topk: int,
+def hf_config(
+    *, layers: int, d: int, f: int, heads: int, kv: int, hd: int, experts: int, topk: int,
     window: int, vocab: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """config.json in the Hugging Face layout, with the keys of the published one."""
     kinds = ["sliding_attention", "full_attention"] * layers
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -266,10 +269,11 @@ def _config(
     }
 
 
-def _original_config(
-    layers: int, d: int, f: int, heads: int, kv: int, hd: int, experts: int, topk: int,
+def original_config(
+    *, layers: int, d: int, f: int, heads: int, kv: int, hd: int, experts: int, topk: int,
     window: int, vocab: int,
 ) -> dict[str, Any]:  # fmt: skip
+    """The vendor's original/config.json."""
     return {
         "num_hidden_layers": layers,
         "num_experts": experts,
