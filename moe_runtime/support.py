@@ -15,6 +15,13 @@ class Support:
     backend: str
     least_capability: tuple[int, int] | None  # of a CUDA device; None: any device of torch
 
+    @property
+    def needs(self) -> str:
+        """What it takes, in words."""
+        if self.least_capability is None:
+            return "any CPU or GPU"
+        return f"an NVIDIA GPU of {_sm(self.least_capability)} or newer"
+
     def why_not(
         self, capabilities: list[tuple[int, int]], triton_problem: str | None
     ) -> str | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -17,8 +18,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+ROOT = Path(__file__).parents[2]
 COMMIT = "c0ffee" + "0" * 34
 GOOD_TOKEN = "hf_" + "good" * 8
 NARROW_TOKEN = "hf_" + "weak" * 8  # valid, but without the right to read
@@ -108,6 +111,23 @@ def serve(hub: FakeHub) -> Iterator[FakeHub]:
         hub.released.set()
         server.shutdown()
         server.server_close()
+
+
+def client_environment(hub: FakeHub, cache: Path) -> dict[str, str]:
+    """Environment of a process whose huggingface_hub talks to this hub and no other."""
+    inherited = {
+        key: value
+        for key, value in os.environ.items()
+        if not key.startswith("HF_") and not key.lower().endswith("_proxy")
+    }
+    return inherited | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DOWNLOAD_TIMEOUT": "5",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
 
 
 def is_lfs(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,9 +15,15 @@ import pytest
 
 from loaders.errors import CheckpointError
 from loaders.hub import local_folder, small_files, weight_files
-from tests.loaders.hub_server import GOOD_TOKEN, NARROW_TOKEN, FakeHub, serve, sha256
+from tests.loaders.hub_server import (
+    GOOD_TOKEN,
+    NARROW_TOKEN,
+    FakeHub,
+    client_environment,
+    serve,
+    sha256,
+)
 
-ROOT = Path(__file__).parents[2]
 CLIENT = Path(__file__).with_name("hub_client.py")
 MODEL = "acme/tiny"
 SHARD_BYTES = 400_000
@@ -68,18 +73,7 @@ class Client:
 
     def __init__(self, hub: FakeHub, cache: Path) -> None:
         self.cache = cache
-        self.env = {
-            key: value
-            for key, value in os.environ.items()
-            if not key.startswith("HF_") and not key.lower().endswith("_proxy")
-        } | {
-            "HF_ENDPOINT": hub.url,
-            "HF_HOME": str(cache),
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HUB_DOWNLOAD_TIMEOUT": "5",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
-        }
+        self.env = client_environment(hub, cache)
 
     def start(self, call: str, **arguments: Any) -> subprocess.Popen[str]:
         env = self.env | arguments.pop("env", {})
