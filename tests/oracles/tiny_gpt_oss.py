@@ -157,7 +157,8 @@ def write_shards(
     if shards == 1:
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
         return
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for s in range(shards):
         # Published numbering: gpt-oss counts from 0 in one layout, from 1 in the other.
         file = (
@@ -184,7 +185,7 @@ def write_tokenizer(folder: Path, vocab: int) -> None:
          "normalized": False, "special": True}
         for i, token in enumerate(SPECIAL_TOKENS)
     ]  # fmt: skip
-    model = {
+    model: dict[str, Any] = {
         "type": "BPE",
         "dropout": None,
         "unk_token": None,
