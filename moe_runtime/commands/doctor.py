@@ -16,6 +16,9 @@ import click
 
 from moe_runtime import __version__
 from moe_runtime.commands.common import json_option, print_json, verb
+from moe_runtime.errors import DoesNotFitError
+from moe_runtime.plan import fit
+from moe_runtime.published import PUBLISHED, PublishedModel
 from moe_runtime.support import SUPPORTED
 
 PACKAGES = ("torch", "triton", "huggingface_hub", "safetensors", "tokenizers", "numpy")
@@ -104,7 +107,7 @@ def probe_memory() -> dict[str, Any]:
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         "total_bytes": page * os.sysconf("SC_PHYS_PAGES"),
-        "free_bytes": _available_bytes() or page * os.sysconf("SC_AVPHYS_PAGES"),
+        "free_bytes": _host_free_bytes(),
         "processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
@@ -150,6 +153,36 @@ def probe_support() -> list[dict[str, Any]]:
     return rows
 
 
+def probe_models() -> list[dict[str, Any]]:
+    """Whether the published models fit the free memory of each GPU, or of the host without one."""
+    import torch  # slow import
+
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        free = _host_free_bytes()
+        return [_fits_host(model, free) for model in PUBLISHED]
+    free_bytes = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in range(count)}
+    return [fits_gpu(model, gpu, free) for model in PUBLISHED for gpu, free in free_bytes.items()]
+
+
+def fits_gpu(model: PublishedModel, device: str, free_bytes: int) -> dict[str, Any]:
+    """The longest context that fits a GPU with free_bytes, or what is missing."""
+    entry: dict[str, Any] = {"model": model.repo_id, "device": device}
+    try:
+        plan = fit(
+            model.config, model.weight_bytes, max_context=None, free_bytes=free_bytes, device=device
+        )
+    except DoesNotFitError as error:
+        return {**entry, "fits": False, "why_not": error.hint}
+    return {**entry, "fits": True, "context": plan.max_context, "needs_bytes": plan.total_bytes}
+
+
+def _fits_host(model: PublishedModel, free_bytes: int) -> dict[str, Any]:
+    needed = sum(model.weight_bytes.values())
+    fits = needed < free_bytes
+    return {"model": model.repo_id, "device": "cpu", "fits": fits, "needs_bytes": needed}
+
+
 PROBES: dict[str, Callable[[], Any]] = {
     "versions": probe_versions,
     "gpus": probe_gpus,
@@ -158,6 +191,7 @@ PROBES: dict[str, Callable[[], Any]] = {
     "caches": probe_caches,
     "hub": probe_hub,
     "support": probe_support,
+    "models": probe_models,
 }
 
 
@@ -177,14 +211,16 @@ def _triton_problem() -> str | None:
     return None
 
 
-def _available_bytes() -> int | None:
-    """What Linux could hand out without swapping, page cache included."""
+def _host_free_bytes() -> int:
+    """What the system could hand out; on Linux without swapping, page cache included."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
-        return None
+        lines = []
     found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return int(found[0]) * 1024 if found else None
+    if found:
+        return int(found[0]) * 1024
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _disk(folder: Path) -> dict[str, int]:

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from moe_runtime.commands import doctor
+from moe_runtime.published import PUBLISHED
 from moe_runtime.support import SUPPORTED, Support
 
 SECRET = "hf_" + "secret" * 6
@@ -52,6 +53,19 @@ def test_text_can_be_pasted(monkeypatch, quick):
     assert any(line.split() == ["python", platform.python_version()] for line in lines)
     assert any(line.split() == ["token", "present"] for line in lines)
     assert all(line.isascii() and SECRET not in line for line in lines)
+
+
+def test_says_which_models_fit(quick):
+    small, large = PUBLISHED
+    with_room = doctor.fits_gpu(large, "cuda:0", 80 * 10**9)
+    assert with_room["fits"] and with_room["context"] == 131072
+    assert 65.2e9 < with_room["needs_bytes"] < 80e9
+    tight = doctor.fits_gpu(small, "cuda:0", 16 * 10**9)
+    assert tight["fits"] and 512 <= tight["context"] < 131072
+    assert tight["needs_bytes"] <= 16e9
+    too_small = doctor.fits_gpu(large, "cuda:1", 24 * 10**9)
+    assert not too_small["fits"] and "65.25 GB" in too_small["why_not"]
+    assert json.loads(run("--json"))["models"][0]["model"] == small.repo_id
 
 
 def test_a_probe_that_fails_is_a_line(monkeypatch, quick):

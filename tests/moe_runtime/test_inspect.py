@@ -6,18 +6,21 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from loaders.checkpoint import open_files
+from loaders.checkpoint import open_files, open_folder
 from loaders.errors import CheckpointError
 from loaders.safetensors_header import DTYPE_BITS, TensorInfo
 from moe_runtime import cli
 from moe_runtime.inspection import component_of_tensor, inspect_checkpoint, sort_components
+from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import weights_by_component
+from moe_runtime.published import PUBLISHED as PUBLISHED_MODELS
 from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
 from tests.oracles.tiny_gpt_oss import hf_config, original_config, write_tiny_gpt_oss
 
@@ -167,11 +170,18 @@ def test_published_sizes_to_the_byte(layout, model):
     assert found.backends.keys() == {"triton", "reference"}
 
 
+@pytest.mark.parametrize("model", PUBLISHED_MODELS, ids=lambda model: model.repo_id)
+def test_what_doctor_knows_of_published_models(model):
+    """doctor computes from facts what inspect reads from headers."""
+    files = huggingface_headers(model.config.num_layers, model.config.num_experts)
+    with open_files(files) as checkpoint:
+        opened = plan_model(checkpoint)
+    assert weights_by_component(opened.plan.nbytes) == model.weight_bytes
+    assert replace(opened.config, eos_token_ids=()) == replace(model.config, eos_token_ids=())
+
+
 @pytest.mark.parametrize("layout", ["huggingface", "original"])
 def test_components_are_the_ones_the_runtime_plans_with(tmp_path, layout):
-    from loaders.checkpoint import open_folder
-    from moe_runtime.models.registry import plan_model
-
     write_tiny_gpt_oss(tmp_path, layout=layout)
     with open_folder(tmp_path) as checkpoint:
         ours = weights_by_component(plan_model(checkpoint).plan.nbytes)
