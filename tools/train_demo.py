@@ -83,11 +83,11 @@ def main() -> None:
     """Run the phases."""
     arguments = parse_arguments()
     settings = TINY if arguments.tiny else FULL
-    if not arguments.tiny and not torch.cuda.is_available():
+    if not (arguments.tiny or arguments.resume_raw or torch.cuda.is_available()):
         raise SystemExit("error: the full training needs a CUDA device\nhint: --tiny runs on a CPU")
     clock = PhaseClock()
     if arguments.resume_raw:
-        saved = torch.load(arguments.resume_raw, weights_only=True)
+        saved = torch.load(arguments.resume_raw, map_location="cpu", weights_only=True)
         training, config = saved["training"], DemoConfig(**saved["config"])
         validation = encode_file(
             arguments.val, arguments.tokenizer, max_characters=arguments.max_characters
@@ -319,7 +319,7 @@ def train(
     figures = {
         "seed": settings.seed,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "seconds": round(seconds, 1),
         "steps": steps,
         "tokens": seen,
