@@ -110,7 +110,7 @@ def test_every_code_and_scale_byte_is_exact(device, block_rows, power):
     fits &= (result.abs() >= 2.0**-126) | (result == 0)
     routing = route_tokens(torch.zeros(1, 1, device=device), 1, block_rows)
     bias = torch.zeros(1, rows, device=device)
-    for column in (0, 13, 38, 63):
+    for column in (13, 38):
         values = torch.zeros(1, rows, columns // 2, dtype=torch.uint8, device=device)
         values[0, :, column // 2] = codes << (4 * (column % 2))
         weight = QuantTensor(values, scales, MXFP4, (1, rows, columns))

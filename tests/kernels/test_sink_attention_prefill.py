@@ -71,7 +71,7 @@ def test_attention(device, tokens, position, window, slots, heads, kv_heads, wid
 
 def test_large_tiles(device):
     """Enough rows for 128 a program: unmasked blocks, then masked ones."""
-    tokens, heads, kv_heads, width = 300, 8, 1, 16
+    tokens, heads, kv_heads, width = 256, 8, 1, 16
     assert kernel.rows_per_program(tokens, heads // kv_heads) == 128
     q = queries(device, tokens, heads, width)
     sinks = torch.randn(heads, device=device)
