@@ -11,7 +11,7 @@ import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Protocol
 
 import tokenizers
@@ -84,7 +84,7 @@ class Tokenizer:
             byte_level=_is_byte_level(decoder),
         )
 
-    @property
+    @cached_property
     def num_ids(self) -> int:
         """One more than the largest token id."""
         return max(self._model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
