@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
 from moe_runtime.sampling import SamplingParams
 
 _LOGITS_CHUNK = 256  # rows of logits computed at once
+_ONE_THREAD_BYTES = 64 << 20  # of weights, below which a step runs on one thread
 
 
 class ReferenceBackend:
@@ -46,11 +48,13 @@ class ReferenceBackend:
         logits = self.model.head(self._prefill(prompt_ids)[-1:])[0]
         for step in range(max_new_tokens):
             step_number = torch.tensor([step], device=device)
-            token, logprob = draw.sample(logits, seen, settings, seed, step_number)
+            with self._threads_of_a_step():
+                token, logprob = draw.sample(logits, seen, settings, seed, step_number)
             seen[token] = 1
             yield SampledToken(token, logprob, top_logprobs(logits, num_logprobs))
             if step + 1 < max_new_tokens:
-                logits = self.model.head(self.model.forward(torch.tensor([token])))[0]
+                with self._threads_of_a_step():
+                    logits = self.model.head(self.model.forward(torch.tensor([token])))[0]
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """See Backend.logits."""
@@ -62,6 +66,18 @@ class ReferenceBackend:
         """See Backend.close."""
         self.model.weights = {}
         self.model.keys = self.model.values = []
+
+    @contextmanager
+    def _threads_of_a_step(self) -> Iterator[None]:
+        """One thread for a small model: its operations are shorter than the wake-up of a second
+        thread, by far when other programs use the cores."""
+        threads = torch.get_num_threads()
+        if self.plan.total_weight_bytes < _ONE_THREAD_BYTES:
+            torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
     def _prefill(self, token_ids: Sequence[int]) -> Tensor:
         chunks = torch.tensor(list(token_ids)).split(PREFILL_CHUNK)
