@@ -31,5 +31,7 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, dtype: torch.dtype) -> 
     out_TD = torch.empty_like(x_TD, dtype=dtype)
     tokens, width = x_TD.shape
     block = triton.next_power_of_2(width)
-    _rms_norm_kernel[(tokens,)](x_TD, weight_D, out_TD, D=width, EPS=eps, BLOCK_D=block, num_warps=8)
+    _rms_norm_kernel[(tokens,)](
+        x_TD, weight_D, out_TD, D=width, EPS=eps, BLOCK_D=block, num_warps=8
+    )
     return out_TD
