@@ -31,7 +31,6 @@ from kernels.reference import moe_gemm as moe_twin
 from kernels.reference import rms_norm as norm_twin
 from kernels.reference import rope_kv as rope_twin
 from kernels.reference import sink_attention_prefill as attention_twin
-from kernels.word_order import to_word_order
 from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 from tests.tolerances import assert_close
@@ -46,12 +45,12 @@ SWIGLU = {"limit": 7.0, "alpha": 1.702}
 MoeTile = moe_gemm.Tile
 # Candidates by pairs in a block; the first of each is tried at every length.
 MOE_TILES = {
-    16: [MoeTile(128, 128, 4, 4), MoeTile(64, 128, 4, 4), MoeTile(128, 64, 4, 4)],
-    64: [MoeTile(128, 64, 4, 4), MoeTile(256, 64, 8, 3), MoeTile(128, 64, 8, 4)],
+    16: [MoeTile(64, 64, 4, 3), MoeTile(64, 128, 4, 3), MoeTile(128, 64, 4, 4)],
+    64: [MoeTile(128, 64, 4, 3), MoeTile(256, 64, 8, 3), MoeTile(128, 64, 8, 4)],
     128: [
-        MoeTile(128, 64, 4, 3),
-        MoeTile(128, 64, 4, 4),
         MoeTile(128, 64, 8, 3),
+        MoeTile(128, 64, 8, 4),
+        MoeTile(128, 64, 4, 3),
         MoeTile(256, 64, 8, 3),
     ],
     256: [MoeTile(64, 64, 4, 3), MoeTile(128, 64, 8, 3)],
@@ -144,8 +143,6 @@ def bench_moe(layers: list[Layer], experts: int, tokens: int, all_tiles: bool) -
     outputs = expected[1]
     us = median_us(lambda: moe_gemm.add_expert_outputs(outputs, residual))
     rows.append(Row("add_expert_outputs", tokens, "", us, None, tokens * D * 24 / us / 1e3))
-    us = median_us(lambda: to_word_order(x))
-    rows.append(Row("to_word_order", tokens, "", us, None, tokens * D * 4 / us / 1e3))
     return rows
 
 

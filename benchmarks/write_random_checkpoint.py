@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,8 @@ SHAPES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts
 WIDTH, EXPERT_WIDTH, VOCAB = 2880, 2880, 201088
 HEADS, KV_HEADS, HEAD_WIDTH = 64, 8, 64
 SHARD_BYTES = 5_000_000_000
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 64 << 20
+NUM_THREADS = 12
 DTYPES = {"BF16": (torch.bfloat16, 2), "U8": (torch.uint8, 1)}
 
 
@@ -130,17 +131,20 @@ def config(layers: int, experts: int) -> dict:
     }
 
 
-def draw(kind: str, dtype: str, items: int, device: torch.device) -> Tensor:
-    """`items` random numbers of one kind on the device."""
+def draw(kind: str, dtype: str, items: int, seed: int, device: torch.device) -> Tensor:
+    """`items` random numbers of one kind, drawn on the device, as bytes on the CPU."""
+    generator = torch.Generator(device).manual_seed(seed)
+    place = {"generator": generator, "device": device}
     if kind == "codes":
-        return torch.randint(0, 256, (items,), dtype=torch.uint8, device=device)
-    if kind == "scales":
-        return torch.randint(119, 122, (items,), dtype=torch.uint8, device=device)
-    torch_dtype = DTYPES[dtype][0]
-    if kind == "norm":
-        return torch.ones(items, dtype=torch_dtype, device=device)
-    deviation = 0.02 if kind == "weight" else 0.1
-    return torch.randn(items, dtype=torch.float32, device=device).mul_(deviation).to(torch_dtype)
+        numbers = torch.randint(0, 256, (items,), dtype=torch.uint8, **place)
+    elif kind == "scales":
+        numbers = torch.randint(119, 122, (items,), dtype=torch.uint8, **place)
+    elif kind == "norm":
+        numbers = torch.ones(items, dtype=DTYPES[dtype][0], device=device)
+    else:
+        deviation = 0.02 if kind == "weight" else 0.1
+        numbers = (torch.randn(items, **place) * deviation).to(DTYPES[dtype][0])
+    return numbers.cpu().view(torch.uint8)
 
 
 def shards(found: list[Entry]) -> list[list[Entry]]:
@@ -153,10 +157,8 @@ def shards(found: list[Entry]) -> list[list[Entry]]:
     return parts
 
 
-def write_shard(
-    path: Path, part: list[Entry], device: torch.device, pool: ThreadPoolExecutor, bar: tqdm
-) -> None:
-    """One safetensors file: header, then chunks drawn here and written by the pool."""
+def write_header(file: int, part: list[Entry]) -> int:
+    """Write the header and size the file; returns the first byte of the tensors."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for entry in part:
@@ -169,22 +171,35 @@ def write_shard(
         offset = end
     raw = json.dumps(header).encode()
     raw += b" " * (-len(raw) % 8)
-    start = 8 + len(raw)
-    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.pwrite(file, len(raw).to_bytes(8, "little") + raw, 0)
-    os.ftruncate(file, start + offset)
-    pending: list[Future[int]] = []
+    os.ftruncate(file, 8 + len(raw) + offset)
+    return 8 + len(raw)
+
+
+def write_shard(
+    path: Path,
+    part: list[Entry],
+    seed: int,
+    device: torch.device,
+    pool: ThreadPoolExecutor,
+    bar: tqdm,
+) -> None:
+    """One safetensors file: the header, then chunks drawn and written by the pool's threads."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    start = write_header(file, part)
+
+    def write_chunk(entry: Entry, items: int, place: int) -> None:
+        octets = draw(entry.kind, entry.dtype, items, seed + place, device)
+        os.pwrite(file, memoryview(octets.numpy()), place)
+        bar.update(octets.numel())
+
+    pending = []
     for entry in part:
         item_bytes = DTYPES[entry.dtype][1]
-        items, done = math.prod(entry.shape), 0
-        while done < items:
-            count = min(items - done, CHUNK_BYTES // item_bytes)
-            chunk = draw(entry.kind, entry.dtype, count, device).cpu().view(torch.uint8).numpy()
-            pending.append(pool.submit(os.pwrite, file, memoryview(chunk), start + done * item_bytes))
-            done += count
-            bar.update(chunk.nbytes)
-            while len(pending) > 32:
-                pending.pop(0).result()
+        items, most = math.prod(entry.shape), CHUNK_BYTES // item_bytes
+        for done in range(0, items, most):
+            count = min(most, items - done)
+            pending.append(pool.submit(write_chunk, entry, count, start + done * item_bytes))
         start += entry.nbytes
     for write in pending:
         write.result()
@@ -202,7 +217,6 @@ def main() -> None:
     options = parser.parse_args()
     layers, experts = SHAPES[options.shape]
     layers = options.layers or layers
-    torch.manual_seed(options.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = entries(layers, experts)
     total = sum(entry.nbytes for entry in found)
@@ -213,12 +227,14 @@ def main() -> None:
     parts = shards(found)
     weight_map = {}
     with (
-        ThreadPoolExecutor(8) as pool,
+        ThreadPoolExecutor(NUM_THREADS) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="random weights") as bar,
     ):
         for number, part in enumerate(parts):
             name = f"model-{number:05d}-of-{len(parts) - 1:05d}.safetensors"
-            write_shard(options.output / name, part, device, pool, bar)
+            write_shard(
+                options.output / name, part, options.seed + (number << 40), device, pool, bar
+            )
             weight_map |= {entry.name: name for entry in part}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (options.output / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -66,7 +66,12 @@ def _dot8(word, x0, x1, x2, x3):
         return low + high
     else:
         return tl.inline_asm_elementwise(
-            _DOT8_PTX, "=f,r,r,r,r,r", [word, x0, x1, x2, x3], dtype=tl.float32, is_pure=True, pack=1
+            _DOT8_PTX,
+            "=f,r,r,r,r,r",
+            [word, x0, x1, x2, x3],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
         )
 
 

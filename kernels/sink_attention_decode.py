@@ -88,9 +88,7 @@ def _attention_kernel(
                 grow = tl.exp(peak - new)
                 part_total = tl.load(stats_ptr + part * 2 + 1, cache_modifier=".cg")
                 total = total * shrink + part_total * grow
-                part_acc = tl.load(
-                    acc_ptr + part[:, None] * C + c[None, :], cache_modifier=".cg"
-                )
+                part_acc = tl.load(acc_ptr + part[:, None] * C + c[None, :], cache_modifier=".cg")
                 acc = acc * shrink[:, None] + part_acc * grow[:, None]
                 biggest = new
             tl.store(out_ptr + head[:, None] * C + c[None, :], acc / total[:, None], mask=own)

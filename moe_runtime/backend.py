@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_runtime.plan import MemoryPlan
 from moe_runtime.sampling import SamplingParams
 
 
@@ -28,6 +29,8 @@ class Backend(Protocol):
     device: torch.device
     vocab_size: int
     max_context: int  # positions the cache holds: prompt and new tokens together
+    plan: MemoryPlan  # bytes by component, as allocated
+    read_bandwidth: float | None  # bytes/s measured on the device, None if it was not
 
     def decode(
         self,

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from kernels.gemv_bf16 import device_supports_kernels
 from loaders.checkpoint import Checkpoint
-from loaders.names.table import match_names
-from loaders.quant_config import expert_format
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import ModelConfig
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.models.gpt_oss import GptOssReference
-from moe_runtime.models.registry import ModelFamily
+from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, fit, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
-from moe_runtime.triton_backend import TritonBackend
+from moe_runtime.triton_backend import TritonBackend, compile_kernels
 
 # Backend -> the values of dtype that it takes: what it computes in.
 DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
@@ -26,8 +25,7 @@ DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
 
 def create_backend(
     checkpoint: Checkpoint,
-    family: ModelFamily,
-    config: ModelConfig,
+    opened: OpenedModel,
     *,
     device: str = "auto",
     backend: str = "auto",
@@ -37,6 +35,7 @@ def create_backend(
 ) -> Backend:
     """Load a checkpoint's weights onto a device and make the backend that runs them.
 
+    opened:       what plan_model found in its headers
     device:       "auto" (a GPU on which it fits, else the CPU), "cpu", "cuda" or "cuda:1"
     backend:      "auto" (triton on a GPU, reference on a CPU), "reference" or "triton"
     dtype:        "auto", "fp32" (reference) or "bf16" (triton)
@@ -47,12 +46,10 @@ def create_backend(
     """
     if backend not in ("auto", *DTYPES):
         raise ValueError(f"backend must be auto, {' or '.join(DTYPES)}, got {backend!r}")
+    config = opened.config
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
-    expert_format(checkpoint.config, checkpoint.tensors)
-    table = family.name_tables[checkpoint.layout]
-    planned = match_names(checkpoint.tensors, table, config.dims, config.num_layers)
-    weight_bytes = weights_by_component(planned.nbytes)
+    weight_bytes = weights_by_component(opened.plan.nbytes)
     target, plan = _place(config, weight_bytes, device, backend, max_context, progress)
     name = backend if backend != "auto" else "triton" if target.type == "cuda" else "reference"
     if dtype not in DTYPES[name]:
@@ -63,9 +60,20 @@ def create_backend(
             f"the triton backend needs a CUDA GPU of compute capability 8.0 or more, got {target}; "
             "use backend='reference'"
         )
-    weights = load_weights(
-        checkpoint, table, config.dims, config.num_layers, device=target, progress=progress
-    )
+    with ThreadPoolExecutor(1) as pool:
+        loading = pool.submit(
+            load_weights,
+            checkpoint,
+            opened.table,
+            config.dims,
+            config.num_layers,
+            device=target,
+            progress=progress,
+        )
+        if name == "triton":
+            with torch.cuda.device(target):
+                compile_kernels(config, plan.max_context, target)
+        weights = loading.result()
     if progress:
         _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
     if name == "triton":
@@ -122,8 +130,6 @@ def _fit_gpu(
     return fit(
         config, weight_bytes, max_context=max_context, free_bytes=free_bytes, device=str(target)
     )
-
-
 
 
 def _say(text: str) -> None:

@@ -24,14 +24,20 @@ class KVCache:
 
     @classmethod
     def allocate(
-        cls, config: ModelConfig, max_context: int, device: torch.device, dtype: torch.dtype
+        cls,
+        config: ModelConfig,
+        max_context: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        shared: bool = False,
     ) -> KVCache:
-        """Zeroed caches for max_context positions."""
+        """Zeroed caches for max_context positions; shared: keys and values in the same memory."""
 
         def layer_cache(layer: int) -> Tensor:
             slots = cache_slots(config, layer, max_context)
             shape = (config.num_kv_heads, slots, config.head_width)
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        layers = range(config.num_layers)
-        return cls([layer_cache(i) for i in layers], [layer_cache(i) for i in layers])
+        keys = [layer_cache(i) for i in range(config.num_layers)]
+        return cls(keys, keys if shared else [torch.zeros_like(k) for k in keys])

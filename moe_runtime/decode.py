@@ -22,6 +22,7 @@ from kernels.sampling import SamplingState, make_state, sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
+from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 
 
@@ -92,6 +93,41 @@ class ModelWeights:
         return cls(dense("embedding"), dense("final_norm"), dense("head"), layers)
 
 
+def zero_weights(config: ModelConfig, device: torch.device) -> ModelWeights:
+    """Weights of zeros of one layer, used for all: to run kernels before the real ones are read.
+
+    A router of zeros takes the first K experts, so no others are allocated.
+    """
+    c = config
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    def experts(rows: int, columns: int) -> QuantTensor:
+        shape = (c.experts_per_token, rows, columns // 2)
+        values = torch.zeros(shape, dtype=torch.uint8, device=device)
+        scales = torch.zeros((*shape[:2], columns // 32), dtype=torch.uint8, device=device)
+        return QuantTensor(values, scales, MXFP4, (c.num_experts, rows, columns))
+
+    layer = LayerWeights(
+        attention_norm=zeros(c.model_width),
+        qkv=zeros(c.qkv_width, c.model_width),
+        qkv_bias=zeros(c.qkv_width),
+        sinks=zeros(c.num_heads),
+        out=zeros(c.model_width, c.attention_width),
+        out_bias=zeros(c.model_width),
+        moe_norm=zeros(c.model_width),
+        router=zeros(c.num_experts, c.model_width),
+        router_bias=zeros(c.num_experts),
+        gate_up=experts(2 * c.expert_width, c.model_width),
+        gate_up_bias=zeros(c.num_experts, 2 * c.expert_width),
+        down=experts(c.model_width, c.expert_width),
+        down_bias=zeros(c.num_experts, c.model_width),
+    )
+    table = zeros(c.vocab_size, c.model_width)
+    return ModelWeights(table, layer.moe_norm, table, [layer] * c.num_layers)
+
+
 class DecodeStep:
     """The kernels of one token, captured as CUDA graphs with and without a cut distribution."""
 
@@ -130,7 +166,7 @@ class DecodeStep:
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
     def capture(self) -> None:
-        """Compile every kernel and record both graphs (CUDA only)."""
+        """Record both graphs (CUDA only); kernels not compiled yet are compiled here."""
         for filtered in (False, True):
             self.step(filtered=filtered)
             torch.cuda.synchronize()
@@ -168,9 +204,7 @@ class DecodeStep:
         gemv(self.residual, w.qkv, self.qkv, norm=w.attention_norm, bias=w.qkv_bias, eps=eps)
         k_cache, v_cache = self.cache.keys[layer], self.cache.values[layer]
         cos, sin = self.rope
-        rope_and_cache(
-            self.qkv[None], cos, sin, self.state.position, k_cache, v_cache, self.q
-        )
+        rope_and_cache(self.qkv[None], cos, sin, self.state.position, k_cache, v_cache, self.q)
         sink_attention_decode(
             self.q[0],
             k_cache,

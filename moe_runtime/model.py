@@ -21,7 +21,7 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.generate import MAX_LOGPROBS, Generation, Request, StopOn, TextStream
 from moe_runtime.generation_config import GenerationDefaults
 from moe_runtime.harmony import HarmonyTokens
-from moe_runtime.models.registry import find_family, plan_model
+from moe_runtime.models.registry import plan_model
 from moe_runtime.output_text import ChannelText, OutputText, PlainText
 from moe_runtime.plan import MemoryPlan
 from moe_runtime.prompt import EncodedPrompt, Prompt, check_token_ids, encode_prompt
@@ -104,10 +104,8 @@ class MoeModel:
             before_weights=_check_headers,
         )
         with open_folder(folder) as checkpoint:
-            family = find_family(checkpoint.config, checkpoint.layout)
-            config = family.read_config(
-                checkpoint.config, checkpoint.generation_config, checkpoint.layout
-            )
+            opened = plan_model(checkpoint)
+            config = opened.config
             # Everything that can be wrong in small files is found before the weights are read.
             tokenizer = load_tokenizer(checkpoint, config.vocab_size)
             defaults = GenerationDefaults.read(
@@ -117,8 +115,7 @@ class MoeModel:
             )
             made = create_backend(
                 checkpoint,
-                family,
-                config,
+                opened,
                 device=device,
                 backend=backend,
                 dtype=dtype,
@@ -136,9 +133,9 @@ class MoeModel:
         return self._tokenizer
 
     @property
-    def plan(self) -> MemoryPlan | None:
+    def plan(self) -> MemoryPlan:
         """Bytes by component, of the device's memory and of one token's reads."""
-        return getattr(self._open_backend(), "plan", None)
+        return self._open_backend().plan
 
     @property
     def device(self) -> torch.device:

@@ -87,8 +87,7 @@ class MemoryPlan:
         read["embedding"] = read["embedding"] // c.vocab_size
         read["experts"] = read["experts"] * c.experts_per_token // c.num_experts
         seen = sum(
-            min(context, c.sliding_window) if c.layer_is_sliding[i] else context
-            for i in _layers(c)
+            min(context, c.sliding_window) if c.layer_is_sliding[i] else context for i in _layers(c)
         )
         read["cache"] = seen * _cache_row_bytes(c)
         return read

@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kernels.moe_gemm import moe_gemm_down, moe_gemm_gate_up, rows_per_block
+from kernels.moe_gemm import (
+    add_expert_outputs,
+    moe_gemm_down,
+    moe_gemm_gate_up,
+    rows_per_block,
+)
 from kernels.moe_routing import route_tokens
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv import rope_and_cache
@@ -43,7 +48,7 @@ class Prefill:
         self._position = torch.zeros(1, dtype=torch.int32, device=weights.head.device)
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
-        """The residual [T, D] fp32 after all layers of each chunk of ids [N] int64, from position 0."""
+        """Run ids [N] int64 from position 0; yields each chunk's residual [T, D] fp32."""
         for start in range(0, len(token_ids), self.chunk):
             self._position.fill_(start)
             x_TD = self.weights.embedding[token_ids[start : start + self.chunk]].float()
@@ -77,9 +82,7 @@ class Prefill:
         rope_and_cache(qkv, cos, sin, self._position, k_cache, v_cache, q_THC)
         out = w.out.new_empty((len(x_TD), c.attention_width))
         window = c.sliding_window if c.layer_is_sliding[layer] else 0
-        sink_attention_prefill(
-            q_THC, k_cache, v_cache, w.sinks, self._position, out, window=window
-        )
+        sink_attention_prefill(q_THC, k_cache, v_cache, w.sinks, self._position, out, window=window)
         x_TD += linear(out, w.out, w.out_bias)
 
     def _mix_experts(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
@@ -97,4 +100,4 @@ class Prefill:
             alpha=c.swiglu_alpha,
         )
         pairs = moe_gemm_down(hidden, w.down, w.down_bias, routing)
-        x_TD += pairs.unflatten(0, (-1, c.experts_per_token)).sum(1)
+        add_expert_outputs(pairs, x_TD)

@@ -1,4 +1,4 @@
-"""The reference backend: plain torch in fp32, on the CPU or a GPU. Slow, and the numbers to trust."""
+"""The reference backend: plain torch in fp32, on any device. Slow, and the numbers to trust."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ class ReferenceBackend:
     """A Backend (see moe_runtime/backend.py) over a reference model."""
 
     name = "reference"
+    read_bandwidth: float | None = None
 
     def __init__(self, model: GptOssReference, plan: MemoryPlan) -> None:
         self.model = model

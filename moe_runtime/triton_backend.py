@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from kernels.read_bandwidth import read_bandwidth
 from kernels.reference.rope_kv import rope_table
 from kernels.sampling import NO_CUT
 from moe_runtime.backend import SampledToken
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
-from moe_runtime.decode import DecodeStep, ModelWeights
+from moe_runtime.decode import DecodeStep, ModelWeights, zero_weights
 from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
 from moe_runtime.prefill import Prefill
 from moe_runtime.reference_backend import sampling_settings, signed64
@@ -22,6 +24,7 @@ from quant.tensor import QuantTensor
 
 STEPS_AHEAD = 3  # decode steps launched before the oldest unread token is waited for
 _LOGITS_CHUNK = 256  # rows of logits computed at once
+_BANDWIDTH_BUFFER_BYTES = 512 << 20  # ten times an L2 cache
 
 
 class TritonBackend:
@@ -51,8 +54,11 @@ class TritonBackend:
         self._step = DecodeStep(config, model, cache, rope, plan.max_context)
         chunk = min(PREFILL_CHUNK, plan.max_context)
         self._prefill = Prefill(config, model, cache, rope, chunk)
+        self.read_bandwidth: float | None = None
         if device.type == "cuda":
-            self._warm_up()
+            measured = read_bandwidth(device, buffer_bytes=_BANDWIDTH_BUFFER_BYTES)
+            self.read_bandwidth = measured.gbps * 1e9
+            self._step.capture()
 
     def decode(
         self,
@@ -109,13 +115,26 @@ class TritonBackend:
     def _device_ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor(list(token_ids), dtype=torch.int64).to(self.device)
 
-    def _warm_up(self) -> None:
-        """Compile what any request needs, so that nothing compiles later, and capture the step."""
-        self._step.capture()
-        for tokens in self._prefill.warm_up_lengths():
-            for _ in self._prefill.run(torch.zeros(tokens, dtype=torch.int64, device=self.device)):
-                pass
-        torch.cuda.synchronize()
+
+def compile_kernels(config: ModelConfig, max_context: int, device: torch.device) -> None:
+    """Compile every kernel that a model of this config can launch, so that nothing compiles later.
+
+    Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
+    and one cache of memory; it can go on while the weights are read.
+    """
+    kinds = tuple(dict.fromkeys(config.layer_is_sliding))
+    small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
+    weights = zero_weights(small, device)
+    cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
+    rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
+    step = DecodeStep(small, weights, cache, rope, max_context)
+    for filtered in (False, True):
+        step.step(filtered=filtered)
+    prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
+    for length in prefill.warm_up_lengths():
+        for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
+            prefill.head(residual_TD[-1:])
+    torch.cuda.synchronize()
 
 
 class _TokenReader:

@@ -28,9 +28,7 @@ class QuantFormat:
 
 BF16 = QuantFormat("bf16", torch.bfloat16, 16, None, None, 3.3895313892515355e38)
 MXFP4 = QuantFormat("mxfp4", torch.uint8, 4, (1, 32), torch.uint8, 6.0)
-FP8_BLOCK128 = QuantFormat(
-    "fp8_block128", torch.float8_e4m3fn, 8, (128, 128), torch.float32, 448.0
-)
+FP8_BLOCK128 = QuantFormat("fp8_block128", torch.float8_e4m3fn, 8, (128, 128), torch.float32, 448.0)
 FP8_ROW = QuantFormat("fp8_row", torch.float8_e4m3fn, 8, (1, 0), torch.float32, 448.0)
 
 FORMATS: dict[str, QuantFormat] = {f.name: f for f in (BF16, MXFP4, FP8_BLOCK128, FP8_ROW)}

@@ -31,7 +31,9 @@ class QuantTensor:
     def __getitem__(self, index: int) -> "QuantTensor":
         """One entry of the leading axis (one expert), without copying."""
         if len(self.shape) < 3:
-            raise IndexError(f"only stacked weights can be indexed, this one has shape {self.shape}")
+            raise IndexError(
+                f"only stacked weights can be indexed, this one has shape {self.shape}"
+            )
         scales = None if self.scales is None else self.scales[index]
         return QuantTensor(self.values[index], scales, self.format, self.shape[1:])
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from kernels.moe_routing import Routing
-from kernels.word_order import from_word_order, to_word_order
 from quant.codecs import decode
 from quant.tensor import QuantTensor
 
@@ -30,13 +29,13 @@ def moe_gemm_gate_up(
         y = x_TD[pairs // top_k].float() @ decode(gate_up[expert]).T + bias[expert].float()
         gate, up = y[:, 0::2].clamp(max=limit), y[:, 1::2].clamp(-limit, limit)
         out[pairs] = (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(out.dtype)
-    return to_word_order(out)
+    return out
 
 
 def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
     """Same arguments and result as the kernel, in fp32."""
     pair_expert = _pair_expert(routing)
-    hidden = from_word_order(hidden).float()
+    hidden = hidden.float()
     out = torch.empty((len(hidden), down.shape[1]), device=hidden.device)
     for expert in pair_expert.unique().tolist():
         pairs = (pair_expert == expert).nonzero()[:, 0]

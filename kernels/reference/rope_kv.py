@@ -13,12 +13,23 @@ from torch import Tensor
 class Yarn(Protocol):
     """Numbers of YaRN (arXiv 2309.00071); factor 1 is plain rope."""
 
-    theta: float
-    factor: float
-    beta_fast: float
-    beta_slow: float
-    original_context: int
-    truncate: bool
+    @property
+    def theta(self) -> float: ...
+
+    @property
+    def factor(self) -> float: ...
+
+    @property
+    def beta_fast(self) -> float: ...
+
+    @property
+    def beta_slow(self) -> float: ...
+
+    @property
+    def original_context(self) -> int: ...
+
+    @property
+    def truncate(self) -> bool: ...
 
 
 def inverse_frequencies(rope: Yarn, head_width: int) -> Tensor:

@@ -33,13 +33,13 @@ from moe_runtime.commands.common import (
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(min=1), metavar="N",
               help="Tokens before decoding is timed; repeatable. Default: 128.")  # fmt: skip
 @click.option("--prompt-tokens", "prompts", multiple=True, type=click.IntRange(min=1), metavar="N",
-              help="Prompt lengths for the time to first token; repeatable. Default: 128.")  # fmt: skip
+              help="Prompt lengths for first-token times; repeatable. Default: 128.")  # fmt: skip
 @click.option("--tokens", default=256, show_default=True, type=click.IntRange(min=8), metavar="N",
               help="New tokens whose decoding is timed.")  # fmt: skip
 @click.option("--repeats", default=3, show_default=True, type=click.IntRange(min=1), metavar="N",
               help="Timed repeats of each figure; medians are shown.")  # fmt: skip
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N",
-              help="Tokens the cache is made for; default: what the measurements need.")  # fmt: skip
+              help="Tokens the cache is made for; default: what is needed.")  # fmt: skip
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Append the figures to this file.")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Model name in the CSV; default: MODEL.")

@@ -121,7 +121,13 @@ def apply_rope(x_THC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def sink_attention(
-    q_THC: Tensor, k_SGC: Tensor, v_SGC: Tensor, sinks_H: Tensor, positions_T: Tensor, *, window: int
+    q_THC: Tensor,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    sinks_H: Tensor,
+    positions_T: Tensor,
+    *,
+    window: int,
 ) -> Tensor:
     """Causal attention with one sink logit a head in the denominator; window 0 is unbounded.
 

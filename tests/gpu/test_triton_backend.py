@@ -48,9 +48,7 @@ def test_demo_greedy_200_tokens(demo):
     check_greedy(logits, out.token_ids, TIE_MARGIN)
     expected = reference.generate(ids, max_new_tokens=200, temperature=0.0, ignore_eos=True)
     differing = [
-        i
-        for i, (a, b) in enumerate(zip(out.token_ids, expected.token_ids, strict=True))
-        if a != b
+        i for i, (a, b) in enumerate(zip(out.token_ids, expected.token_ids, strict=True)) if a != b
     ]
     if differing:  # the first difference must be a tie of the reference's own
         top = logits[differing[0]].topk(2).values
@@ -105,5 +103,3 @@ def test_nothing_compiles_after_load(demo, monkeypatch):
     for length in (1, 5, 33, 700):
         triton.generate([5] * length, max_new_tokens=3, temperature=0.0, ignore_eos=True)
     triton.generate(PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, min_p=0.01, logprobs=3)
-
-

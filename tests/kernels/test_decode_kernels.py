@@ -1,4 +1,4 @@
-"""The kernels of one token against their twins: in the interpreter here, on the GPU where there is one.
+"""The kernels of one token against their twins, in the interpreter or on the GPU.
 
 Shapes are tiny and odd on purpose: widths that are no power of two, more heads than fill a tile,
 windows that wrap the ring. Output buffers start as NaN, tickets must end at zero.
@@ -118,9 +118,7 @@ def test_experts(device, width, expert_width):
     hidden = torch.full(shape, NAN, dtype=torch.float16, device=device)
     expected = hidden.clone()
     for module, out in ((moe_gemv, hidden), (moe_twin, expected)):
-        module.moe_gate_up(
-            packed, unscale, gate_up, gate_up_bias, ids, out, limit=7.0, alpha=1.702
-        )
+        module.moe_gate_up(packed, unscale, gate_up, gate_up_bias, ids, out, limit=7.0, alpha=1.702)
     assert_close(hidden, expected, "moe_gemv_mxfp4")
     residual = torch.randn(width, device=device)
     twin_residual = residual.clone()
@@ -143,7 +141,9 @@ def test_every_code_and_scale_of_the_experts(device):
         scales = torch.full((1, 16, 1), byte, dtype=torch.uint8, device=device)
         down = QuantTensor(values, scales, MXFP4, (1, 16, 32))
         out = torch.zeros(16, device=device)
-        moe_gemv.moe_down(packed, down, torch.zeros(1, 16, device=device), ids, weights, out, limit=7.0)
+        moe_gemv.moe_down(
+            packed, down, torch.zeros(1, 16, device=device), ids, weights, out, limit=7.0
+        )
         expected = torch.tensor(table) * 2.0 ** (byte - 127)
         assert torch.equal(out.cpu(), expected), byte
 

@@ -6,7 +6,6 @@ import torch
 from kernels import moe_gemm as kernel
 from kernels.moe_routing import route_tokens
 from kernels.reference import moe_gemm as twin
-from kernels.word_order import from_word_order, to_word_order
 from quant.codecs import decode
 from quant.formats import MXFP4
 from quant.tensor import QuantTensor
@@ -116,17 +115,8 @@ def test_every_code_and_scale_byte_is_exact(device, block_rows, power):
         weight = QuantTensor(values, scales, MXFP4, (1, rows, columns))
         hidden = torch.zeros(1, columns, dtype=working_dtype(device), device=device)
         hidden[0, column] = 2.0**power
-        actual = kernel.moe_gemm_down(to_word_order(hidden), weight, bias, routing)[0].cpu()
+        actual = kernel.moe_gemm_down(hidden, weight, bias, routing)[0].cpu()
         assert torch.equal(actual.double()[fits], result[fits])
-
-
-def test_word_order_has_an_inverse_and_places_columns():
-    x = torch.arange(96.0)[None]
-    ordered = to_word_order(x)
-    assert torch.equal(from_word_order(ordered), x)
-    # column 8 j + 4 h + p of a group stands at 8 p + 2 j + h
-    assert ordered[0, 32 + 8 * 3 + 2 * 1 + 1] == 32 + 8 * 1 + 4 * 1 + 3
-    assert to_word_order(x, torch.float16).dtype == torch.float16
 
 
 def test_blocks_cover_few_and_many_tokens():

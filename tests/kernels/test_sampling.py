@@ -44,6 +44,7 @@ def test_kernel_draws_what_the_twin_draws(device, row, vocab_size):
 
 def test_philox_known_answers():
     """Vectors of the generator's authors (Random123 kat_vectors, philox4x32 10)."""
+
     def one(seed, step, token):
         return int(twin.philox(torch.tensor([seed]), torch.tensor([step]), torch.tensor([token])))
 
@@ -52,7 +53,7 @@ def test_philox_known_answers():
 
 
 def test_draws_follow_the_probabilities():
-    """20,000 draws by noise over one distribution: chi-square below the 0.1 % point for 7 degrees."""
+    """20,000 draws from one distribution: chi-square under the 0.1 % point for 7 degrees."""
     torch.manual_seed(0)
     logits = torch.randn(8) * 1.5
     counts = torch.zeros(8)
@@ -84,8 +85,8 @@ def test_cut_keeps_the_smallest_set_that_reaches_top_p(seed, top_k, top_p, min_p
             expected.add(token)
         mass += probability
     # A probability within rounding of a limit may fall either way.
-    assert kept == expected or len(kept ^ expected) == 1 and _near_a_limit(
-        probabilities, top_p, min_p
+    assert kept == expected or (
+        len(kept ^ expected) == 1 and _near_a_limit(probabilities, top_p, min_p)
     )
 
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 
 from loaders.checkpoint import open_folder
 from moe_runtime.backends import create_backend
-from moe_runtime.models.registry import find_family
+from moe_runtime.models.registry import plan_model
 from moe_runtime.sampling import SamplingParams
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 from tests.tolerances import assert_close
@@ -31,10 +31,9 @@ GREEDY = SamplingParams(temperature=0.0)
 
 def make_backend(folder, name):
     checkpoint = open_folder(folder)
-    family = find_family(checkpoint.config, checkpoint.layout)
-    config = family.read_config(checkpoint.config, checkpoint.generation_config, checkpoint.layout)
+    opened = plan_model(checkpoint)
     return create_backend(
-        checkpoint, family, config, device="cpu", backend=name, max_context=256, progress=False
+        checkpoint, opened, device="cpu", backend=name, max_context=256, progress=False
     )
 
 

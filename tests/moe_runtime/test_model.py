@@ -598,10 +598,10 @@ def opened(monkeypatch, tmp_path):
         calls["create_backend"] = (args, arguments)
         return FakeBackend([4, 5, 3], vocab_size=VOCAB)
 
-    family = SimpleNamespace(read_config=lambda *args: config)
+    found = SimpleNamespace(config=config)
     monkeypatch.setattr(model_module.hub, "resolve", resolve)
     monkeypatch.setattr(model_module, "open_folder", lambda folder: nullcontext(checkpoint))
-    monkeypatch.setattr(model_module, "find_family", lambda *args: family)
+    monkeypatch.setattr(model_module, "plan_model", lambda *args: found)
     monkeypatch.setattr(model_module, "create_backend", create_backend)
     return SimpleNamespace(calls=calls, files=files, checkpoint=checkpoint, config=config)
 
@@ -616,7 +616,7 @@ def test_from_pretrained(opened):
     assert arguments["revision"] == "v1" and arguments["local_files_only"] is True
     assert "demo" in arguments["bundled"]
     args, arguments = opened.calls["create_backend"]
-    assert args[0] is opened.checkpoint and args[2] is opened.config
+    assert args[0] is opened.checkpoint and args[1].config is opened.config
     assert arguments == {
         "device": "cpu", "backend": "reference", "dtype": "fp32", "max_context": 64,
         "progress": False,
@@ -628,8 +628,8 @@ def test_from_pretrained(opened):
 
 
 def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(opened, monkeypatch):
-    family = SimpleNamespace(read_config=lambda *args: tiny_config(100))
-    monkeypatch.setattr(model_module, "find_family", lambda *args: family)
+    found = SimpleNamespace(config=tiny_config(100))
+    monkeypatch.setattr(model_module, "plan_model", lambda *args: found)
     with pytest.raises(CheckpointError, match="does not match"):
         MoeModel.from_pretrained("owner/name")
     assert "create_backend" not in opened.calls

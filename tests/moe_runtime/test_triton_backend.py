@@ -56,11 +56,9 @@ def test_logits(pair):
     ids=["greedy", "cut"],
 )
 def test_decode_draws_the_same_tokens(pair, sampling):
-    reference, triton = pair
     prompt = [5, 39, 3, 32, 17, 8, 24]
     runs = [
-        list(backend.decode(prompt, sampling, max_new_tokens=3, num_logprobs=2))
-        for backend in pair
+        list(backend.decode(prompt, sampling, max_new_tokens=3, num_logprobs=2)) for backend in pair
     ]
     assert [t.token_id for t in runs[0]] == [t.token_id for t in runs[1]]
     for ours, expected in zip(runs[1], runs[0], strict=True):
