@@ -7,6 +7,7 @@ forced on the reference's tokens.
 
 import pytest
 import torch
+import triton
 
 from moe_runtime import MoeModel
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -96,10 +97,13 @@ def test_random_tiny_models(tmp_path, seed):
 
 def test_nothing_compiles_after_load(demo, monkeypatch):
     """Prompts of any length and every sampling mode use kernels compiled while loading."""
-    from triton import compiler
-
-    _, triton = demo
-    monkeypatch.setattr(compiler, "compile", lambda *a, **k: pytest.fail("compiled after load"))
-    for length in (1, 5, 33, 700):
-        triton.generate([5] * length, max_new_tokens=3, temperature=0.0, ignore_eos=True)
-    triton.generate(PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, min_p=0.01, logprobs=3)
+    _, triton_model = demo
+    missing = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **found: missing.append(found["repr"])
+    )
+    for length in (1, 5, 33, 97, 130, 700, 3000):
+        triton_model.generate([5] * length, max_new_tokens=3, temperature=0.0, ignore_eos=True)
+    triton_model.generate(PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, min_p=0.01, logprobs=3)
+    triton_model.logits([5] * 40)
+    assert missing == []
