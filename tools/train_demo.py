@@ -57,9 +57,9 @@ class Settings:
     quantised_share: float = 0.3
     long_share: float = 0.1
     muon_rate: float = 0.02
-    embedding_rate: float = 0.1
-    head_rate: float = 0.005
-    vector_rate: float = 0.006
+    embedding_rate: float = 0.03
+    head_rate: float = 0.003
+    vector_rate: float = 0.003
     weight_decay: float = 0.1
     gradient_clip: float = 1.0
     normaliser_loss: float = 1e-4
