@@ -4,7 +4,6 @@ N rows and K columns of the matrix (K here is the contraction length).
 Time is set by the N * K * 2 bytes of W, read once.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -110,8 +109,3 @@ def embedding(token: Tensor, table: Tensor, out: Tensor) -> Tensor:
     width = table.shape[1]
     _embedding_kernel[(triton.cdiv(width, 1024),)](token, table, out, D=width, BLOCK=1024)
     return out
-
-
-def device_supports_kernels(device: torch.device) -> bool:
-    """Whether the Triton kernels run on this device: CUDA with compute capability 8.0 or more."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
-from kernels.gemv_bf16 import device_supports_kernels
 from loaders.checkpoint import Checkpoint
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import ModelConfig
 from moe_runtime.errors import DoesNotFitError
-from moe_runtime.models.gpt_oss import GptOssReference
+from moe_runtime.models.gpt_oss import GptOssReference, Weights
 from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, fit, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
+from moe_runtime.support import LEAST_CAPABILITY
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
 
 # Backend -> the values of dtype that it takes: what it computes in.
@@ -55,31 +57,43 @@ def create_backend(
     if dtype not in DTYPES[name]:
         allowed = " or ".join(DTYPES[name])
         raise ValueError(f"dtype must be {allowed} for the {name} backend, got {dtype!r}")
-    if name == "triton" and not device_supports_kernels(target):
+    if name == "triton" and not _runs_kernels(target):
         raise ValueError(
             f"the triton backend needs a CUDA GPU of compute capability 8.0 or more, got {target}; "
             "use backend='reference'"
         )
-    with ThreadPoolExecutor(1) as pool:
-        loading = pool.submit(
-            load_weights,
-            checkpoint,
-            opened.table,
-            config.dims,
-            config.num_layers,
-            device=target,
-            progress=progress,
-        )
-        if name == "triton":
-            with torch.cuda.device(target):
-                compile_kernels(config, plan.max_context, target)
-        weights = loading.result()
+    load = partial(
+        load_weights,
+        checkpoint,
+        opened.table,
+        config.dims,
+        config.num_layers,
+        device=target,
+        progress=progress,
+    )
+    if name == "reference":
+        made: Backend = ReferenceBackend(GptOssReference(config, load(), target), plan)
+    else:
+        with torch.cuda.device(target):
+            made = TritonBackend(config, _compile_and_load(plan, target, load), plan, target)
     if progress:
         _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
-    if name == "triton":
-        with torch.cuda.device(target):
-            return TritonBackend(config, weights, plan, target)
-    return ReferenceBackend(GptOssReference(config, weights, target), plan)
+    return made
+
+
+def _compile_and_load(
+    plan: MemoryPlan, target: torch.device, load: Callable[[], Weights]
+) -> Weights:
+    """Weights, and every kernel compiled: both at once where there is room for it."""
+    free_bytes, _ = torch.cuda.mem_get_info(target)
+    with ThreadPoolExecutor(1) as pool:
+        roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
+        loading = pool.submit(load) if roomy else None
+        compile_kernels(plan.config, plan.max_context, target)
+        if loading is not None:
+            return loading.result()
+    torch.cuda.empty_cache()
+    return load()
 
 
 def _place(
@@ -93,7 +107,7 @@ def _place(
     """The device to run on and the plan that fits it."""
     if device == "auto" and torch.cuda.is_available() and backend != "reference":
         target = torch.device("cuda", torch.cuda.current_device())
-        if device_supports_kernels(target):
+        if _runs_kernels(target):
             try:
                 return target, _fit_gpu(config, weight_bytes, target, max_context)
             except DoesNotFitError as error:
@@ -118,6 +132,12 @@ def parse_device(device: str) -> torch.device:
     if index >= count:
         raise ValueError(f"device {device!r}: this machine has {count} CUDA GPUs; use device='cpu'")
     return torch.device("cuda", index)
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def _fit_gpu(

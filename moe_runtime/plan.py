@@ -75,6 +75,17 @@ class MemoryPlan:
         return tokens * row + routed * expert_row + rope + 64 * c.vocab_size
 
     @property
+    def compile_bytes(self) -> int:
+        """The layers of zeros that compile the kernels, freed afterwards."""
+        c = self.config
+        table = 2 * c.vocab_size * c.model_width
+        attention = 2 * c.model_width * (c.qkv_width + c.attention_width)
+        expert = 4 * c.model_width * c.expert_width  # more than a byte a weight: room for the rest
+        caches = {c.layer_is_sliding[i]: cache_slots(c, i, self.max_context) for i in _layers(c)}
+        cache = sum(caches.values()) * _cache_row_bytes(c) // 2  # keys and values share it
+        return table + attention + c.experts_per_token * expert + cache
+
+    @property
     def total_bytes(self) -> int:
         """Everything the device must hold, with a reserve."""
         total = self.total_weight_bytes + self.cache_bytes + self.workspace_bytes
