@@ -6,8 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant import fp8, mxfp4
-from quant.formats import BF16, FP8_BLOCK128, FP8_ROW, MXFP4
+from quant import fp8, mxfp4, mxfp8, nvfp4
+from quant.formats import (
+    BF16,
+    FP8_BLOCK128,
+    FP8_BLOCK128_E8M0,
+    FP8_ROW,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+)
 from quant.tensor import QuantTensor
 
 
@@ -32,7 +40,10 @@ def decode_bf16(tensor: QuantTensor) -> Tensor:
 CODECS: dict[str, Codec] = {
     BF16.name: Codec(encode_bf16, decode_bf16),
     MXFP4.name: Codec(mxfp4.encode, mxfp4.decode),
+    MXFP8.name: Codec(mxfp8.encode, mxfp8.decode),
+    NVFP4.name: Codec(nvfp4.encode, nvfp4.decode),
     FP8_BLOCK128.name: Codec(fp8.encode_block128, fp8.decode_block128),
+    FP8_BLOCK128_E8M0.name: Codec(fp8.encode_block128_e8m0, fp8.decode_block128_e8m0),
     FP8_ROW.name: Codec(fp8.encode_row, fp8.decode_row),
 }
 

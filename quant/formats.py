@@ -19,6 +19,7 @@ class QuantFormat:
     block: tuple[int, int] | None  # (rows, columns) that share one scale; 0 means the whole axis
     scale_dtype: torch.dtype | None  # storage; uint8 holds E8M0
     max_value: float  # largest finite code value
+    tensor_scale: bool = False  # whether one more fp32 scale covers the whole tensor
 
     @property
     def values_per_byte(self) -> int:
@@ -31,4 +32,12 @@ MXFP4 = QuantFormat("mxfp4", torch.uint8, 4, (1, 32), torch.uint8, 6.0)
 FP8_BLOCK128 = QuantFormat("fp8_block128", torch.float8_e4m3fn, 8, (128, 128), torch.float32, 448.0)
 FP8_ROW = QuantFormat("fp8_row", torch.float8_e4m3fn, 8, (1, 0), torch.float32, 448.0)
 
-FORMATS: dict[str, QuantFormat] = {f.name: f for f in (BF16, MXFP4, FP8_BLOCK128, FP8_ROW)}
+FP8_BLOCK128_E8M0 = QuantFormat(
+    "fp8_block128_e8m0", torch.float8_e4m3fn, 8, (128, 128), torch.uint8, 448.0
+)
+MXFP8 = QuantFormat("mxfp8", torch.float8_e4m3fn, 8, (1, 32), torch.uint8, 448.0)
+NVFP4 = QuantFormat("nvfp4", torch.uint8, 4, (1, 16), torch.float8_e4m3fn, 6.0, tensor_scale=True)
+
+FORMATS: dict[str, QuantFormat] = {
+    f.name: f for f in (BF16, MXFP4, MXFP8, NVFP4, FP8_BLOCK128, FP8_BLOCK128_E8M0, FP8_ROW)
+}

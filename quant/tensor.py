@@ -1,6 +1,6 @@
 """QuantTensor: stored values, their scales and the format that says what they mean."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,12 +15,14 @@ class QuantTensor:
     values: [..., rows, columns / codes per byte] of format.value_dtype
     scales: one entry a block, [..., rows / block rows, columns / block columns]; None for bf16
     shape:  the logical shape [..., rows, columns]
+    tensor_scale: fp32 [] for formats that have one
     """
 
     values: Tensor
     scales: Tensor | None
     format: QuantFormat
     shape: tuple[int, ...]
+    tensor_scale: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
@@ -35,9 +37,10 @@ class QuantTensor:
                 f"only stacked weights can be indexed, this one has shape {self.shape}"
             )
         scales = None if self.scales is None else self.scales[index]
-        return QuantTensor(self.values[index], scales, self.format, self.shape[1:])
+        return replace(self, values=self.values[index], scales=scales, shape=self.shape[1:])
 
     def to(self, device: torch.device | str) -> "QuantTensor":
         """The same tensor on another device."""
         scales = None if self.scales is None else self.scales.to(device)
-        return QuantTensor(self.values.to(device), scales, self.format, self.shape)
+        whole = None if self.tensor_scale is None else self.tensor_scale.to(device)
+        return replace(self, values=self.values.to(device), scales=scales, tensor_scale=whole)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quant import mxfp4
+from quant.e8m0 import SCALE_RULES
 
 MAX_FOLDER_BYTES = 16_000_000
 END_OF_TEXT = "<|endoftext|>"
@@ -128,7 +129,7 @@ def scale_rule_errors(model: DemoModel) -> dict[str, float]:
             (mxfp4.decode(mxfp4.encode(w, rule=rule)) - w).square().sum().item() for w in weights
         )
         / power
-        for rule in mxfp4.SCALE_RULES
+        for rule in SCALE_RULES
     }
 
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quant import mxfp4
+from quant.e8m0 import decode_e8m0
 
 SWIGLU_ALPHA = 1.702
 
@@ -209,7 +210,7 @@ class ExpertWeight(torch.autograd.Function):
 def fake_quantise(weight: Tensor, scale_rule: str) -> Tensor:
     """decode(encode(weight)) without leaving the GPU: the same scales, elements rounded to even."""
     groups = weight.unflatten(-1, (-1, mxfp4.GROUP))
-    scale = mxfp4.decode_e8m0(mxfp4.scale_bytes_for(groups.abs().amax(-1), scale_rule))[..., None]
+    scale = decode_e8m0(mxfp4.scale_bytes_for(groups.abs().amax(-1), scale_rule))[..., None]
     scaled = (groups / scale).clamp(-6, 6)
     # E2M1 steps: 0.5 below 2, 1 from 2 to 4, 2 from 4 to 6.
     size = scaled.abs()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from quant import codecs, fp8
+from quant.e8m0 import decode_e8m0
 from quant.formats import BF16, FORMATS, FP8_BLOCK128, FP8_ROW
 from quant.tensor import QuantTensor
 
@@ -30,6 +31,17 @@ def test_encode_equals_the_golden_file():
     assert encoded.scales is not None
     assert np.array_equal(encoded.values.view(torch.uint8).numpy(), GOLDEN["fp8_fp32_codes"])
     assert np.allclose(encoded.scales.numpy(), GOLDEN["fp8_fp32_scale"], rtol=1.2e-7, atol=0)
+
+
+def test_e8m0_scales_equal_the_golden_file():
+    encoded = fp8.encode_block128_e8m0(torch.from_numpy(GOLDEN["fp8_w"]))
+    assert encoded.scales is not None
+    assert np.array_equal(encoded.values.view(torch.uint8).numpy(), GOLDEN["fp8_ue8m0_codes"])
+    assert np.array_equal(decode_e8m0(encoded.scales).numpy(), GOLDEN["fp8_ue8m0_scale"])
+    powers = fp8.encode_block128_e8m0(torch.full((1, 128), 448.0 * 2.0**-9))
+    assert powers.scales is not None
+    assert powers.scales.tolist() == [[127 - 9]]  # a power of two already: not raised
+    assert torch.equal(codecs.decode(powers), torch.full((1, 128), 448.0 * 2.0**-9))
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 130])
@@ -73,6 +85,6 @@ def test_every_format_has_a_codec():
 
 def test_one_expert_of_a_stack_decodes_like_the_stack():
     weight = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(2))
-    for name in ("mxfp4", "fp8_block128", "fp8_row", "bf16"):
+    for name in codecs.CODECS:
         encoded = codecs.CODECS[name].encode(weight)
         assert torch.equal(codecs.decode(encoded[1]), codecs.decode(encoded)[1])

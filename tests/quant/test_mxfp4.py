@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quant import mxfp4
+from quant import e2m1, e8m0, mxfp4
 from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 
@@ -20,15 +20,15 @@ ALL_BYTES = torch.arange(256, dtype=torch.uint8)
 def test_every_code_decodes_as_ml_dtypes_says():
     codes = np.arange(16, dtype=np.uint8)
     expected = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float32)
-    low = mxfp4.decode_codes(torch.arange(16, dtype=torch.uint8))[0::2]
-    high = mxfp4.decode_codes(torch.arange(16, dtype=torch.uint8) << 4)[1::2]
+    low = e2m1.decode_codes(torch.arange(16, dtype=torch.uint8))[0::2]
+    high = e2m1.decode_codes(torch.arange(16, dtype=torch.uint8) << 4)[1::2]
     assert np.array_equal(low.numpy().view(np.uint32), expected.view(np.uint32))
     assert np.array_equal(high.numpy().view(np.uint32), expected.view(np.uint32))
 
 
 def test_every_scale_byte_decodes_as_ml_dtypes_says():
     expected = ALL_BYTES.numpy().view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
-    decoded = mxfp4.decode_e8m0(ALL_BYTES).numpy()
+    decoded = e8m0.decode_e8m0(ALL_BYTES).numpy()
     assert np.array_equal(decoded[:255], expected[:255])
     assert np.isnan(decoded[255]) and np.isnan(expected[255])
 
@@ -38,14 +38,14 @@ def test_every_byte_under_every_scale_is_exact():
     scales = torch.arange(255, dtype=torch.uint8).repeat_interleave(16)[:, None]
     decoded = mxfp4.decode(QuantTensor(values, scales, MXFP4, (255 * 16, 32)))
     codes = torch.stack((values & 15, values >> 4), -1).flatten(-2).numpy()
-    table = np.array(mxfp4.E2M1_VALUES + tuple(-v for v in mxfp4.E2M1_VALUES))
+    table = np.array(e2m1.E2M1_VALUES + tuple(-v for v in e2m1.E2M1_VALUES))
     exact = table[codes] * 2.0 ** (scales.numpy().astype(np.float64) - 127)
     with np.errstate(over="ignore"):  # 6 * 2^127 is beyond fp32, as it is for everybody
         expected = exact.astype(np.float32)
     assert np.array_equal(decoded.numpy(), expected)
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", e8m0.SCALE_RULES)
 def test_encode_equals_the_golden_file(rule):
     encoded = mxfp4.encode(torch.from_numpy(GOLDEN["x"]), rule)
     agreed = GOLDEN[f"mxfp4_{rule.upper()}_agree"]
@@ -70,12 +70,12 @@ def test_scale_rules_differ_where_they_should(rule, exponents):
 
 def test_ties_go_to_the_even_code_and_large_values_saturate():
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 7.0, 1e9, -0.25, -5.0])
-    codes = mxfp4.encode_codes(ties)
-    assert mxfp4.decode_codes(codes)[0::2].tolist() == [0, 1, 1, 2, 2, 4, 4, 6, 6, -0.0, -4]
+    codes = e2m1.encode_codes(ties)
+    assert e2m1.decode_codes(codes)[0::2].tolist() == [0, 1, 1, 2, 2, 4, 4, 6, 6, -0.0, -4]
     assert int(codes[9]) == 8  # -0 keeps its sign
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", e8m0.SCALE_RULES)
 def test_zero_and_tiny_blocks_stay_finite(rule):
     weight = torch.zeros(3, 32)
     weight[1] = 2.0**-140
@@ -86,7 +86,7 @@ def test_zero_and_tiny_blocks_stay_finite(rule):
     assert decoded[2, 5] == -(2.0**-126)
 
 
-@given(st.integers(0, 2**32 - 1), st.sampled_from(mxfp4.SCALE_RULES), st.integers(-30, 30))
+@given(st.integers(0, 2**32 - 1), st.sampled_from(e8m0.SCALE_RULES), st.integers(-30, 30))
 def test_encoding_what_was_decoded_changes_nothing(seed, rule, exponent):
     """Values on the grid, with a block maximum of 6, come back bit for bit under every rule."""
     generator = torch.Generator().manual_seed(seed)
@@ -100,7 +100,7 @@ def test_encoding_what_was_decoded_changes_nothing(seed, rule, exponent):
     assert torch.equal(encoded.scales, scales)
 
 
-@pytest.mark.parametrize("rule", mxfp4.SCALE_RULES)
+@pytest.mark.parametrize("rule", e8m0.SCALE_RULES)
 def test_signal_to_noise_of_gaussian_weights(rule):
     weight = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
     error = mxfp4.decode(mxfp4.encode(weight, rule)) - weight
