@@ -193,8 +193,8 @@ class TextStream(Iterator[Chunk]):
         request, clock = self._request, self._clock
         speed = clock.tokens_per_s
         read = self._bytes_per_token()
-        bandwidth = getattr(self._backend, "read_bandwidth", None)  # bytes/s, if it was measured
-        share = read * speed / bandwidth if read and speed and bandwidth else None
+        bandwidth = self._backend.read_bandwidth
+        share = read * speed / bandwidth if speed and bandwidth else None
         return Timings(
             load_s=request.load_s,
             prefill_s=clock.first_s,
@@ -204,11 +204,10 @@ class TextStream(Iterator[Chunk]):
             bandwidth_share=share,
         )
 
-    def _bytes_per_token(self) -> int | None:
-        """Bytes read for a token with half of the new ones in the cache, if the backend knows."""
+    def _bytes_per_token(self) -> int:
+        """Bytes read for a token with half of the new ones in the cache."""
         context = len(self._request.prompt_ids) + len(self._logprobs) // 2
-        plan = getattr(self._backend, "plan", None)
-        return None if plan is None else sum(plan.decode_bytes(context).values())
+        return sum(self._backend.plan.decode_bytes(context).values())
 
 
 class _Clock:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
+from types import SimpleNamespace
 
 import tokenizers
 import torch
@@ -185,6 +186,8 @@ class FakeBackend:
 
     name = "fake"
     device = torch.device("cpu")
+    read_bandwidth = None
+    plan = SimpleNamespace(decode_bytes=lambda context: {"experts": 1})
 
     def __init__(self, script, *, vocab_size, max_context=256):
         self.script = list(script)
