@@ -58,6 +58,8 @@ def _router_kernel(
         tl.debug_barrier()
         e = tl.arange(0, BLOCK_E)
         logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
+        # NaN (weights that overflow) must not lead to an expert that does not exist.
+        logits = tl.where(logits == logits, logits, float("-inf"))
         slot = tl.arange(0, BLOCK_K)
         chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
         ids = tl.zeros((BLOCK_K,), tl.int32)

@@ -93,7 +93,8 @@ def _best_of_block_kernel(
         )
         uniform = ((word >> 9).to(tl.float32) + 0.5) * (1.0 / 8388608.0)
         scores += -tl.log(-tl.log(uniform))
-    scores = tl.where(inside, scores, float("-inf"))
+    # NaN (weights that overflow) must not lead to a token that does not exist.
+    scores = tl.where(inside & (scores == scores), scores, float("-inf"))
     best, index = tl.max(scores, axis=0, return_indices=True)
     peak = tl.max(logits, axis=0)
     total = tl.sum(tl.where(inside, tl.exp(logits - peak), 0.0), axis=0)

@@ -98,6 +98,13 @@ def test_router_ties_take_the_lower_id(device):
     assert buffers["expert_weights"].tolist() == [0.25] * 4
 
 
+def test_router_of_nan_stays_among_its_experts(device):
+    buffers = router_buffers(5, 3, 64, device)
+    router, x = torch.zeros(5, 64, device=device), torch.full((64,), NAN, device=device)
+    router_topk.router_topk(x, torch.ones_like(x), router, router[:, 0], eps=1e-5, **buffers)
+    assert all(0 <= expert < 5 for expert in buffers["expert_ids"].tolist())
+
+
 def test_packing_has_an_inverse(device):
     x = torch.randn(3, 96, device=device).half().float()
     assert torch.equal(unpack_vector(pack_vector(x)), x)

@@ -42,6 +42,13 @@ def test_kernel_draws_what_the_twin_draws(device, row, vocab_size):
     assert (int(state.step), int(state.position)) == (6, 46)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_of_nan_give_a_token_that_exists(device, temperature):
+    state = fresh_state(2500, (temperature, 1.0, 0, 1.0, 0.0), 1, device)
+    sampling.sample(torch.full((2500,), float("nan"), device=device), state, filtered=False)
+    assert 0 <= int(state.token) < 2500
+
+
 def test_philox_known_answers():
     """Vectors of the generator's authors (Random123 kat_vectors, philox4x32 10)."""
 
