@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="needs Triton")
 
 TOOL = pathlib.Path(__file__).with_name("compile_offline.py")
 # Shared memory that one program may have, in bytes.
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
+SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
 NUM_ROWS = 10
 
 

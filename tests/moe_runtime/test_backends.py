@@ -1,0 +1,63 @@
+"""Choosing a backend: what is refused, and when kernels are compiled beside the loading."""
+
+import pytest
+import torch
+
+from loaders.checkpoint import open_folder
+from moe_runtime import backends
+from moe_runtime.models.registry import plan_model
+from moe_runtime.plan import MemoryPlan, weights_by_component
+from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_gpt_oss(folder, layers=2)
+    checkpoint = open_folder(folder)
+    return checkpoint, plan_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"backend": "onnx"}, "backend must be auto, reference or triton, got 'onnx'"),
+        ({"device": "gpu"}, "device must be auto, cpu, cuda or cuda:N, got 'gpu'"),
+        ({"device": "cuda:x"}, "got 'cuda:x'"),
+        ({"device": "cuda:99"}, r"device 'cuda:99': this machine has \d+ CUDA GPUs"),
+        ({"device": "cpu", "dtype": "bf16"}, "dtype must be auto or fp32 for the reference"),
+        ({"device": "cpu", "backend": "triton"}, "compute capability 8.0 or more, got cpu"),
+        ({"device": "cpu", "max_context": 10**9}, "max_context must be from 1 to 131072"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_refusals(opened, arguments, message):
+    checkpoint, model = opened
+    with pytest.raises(ValueError, match=message):
+        backends.create_backend(checkpoint, model, progress=False, **arguments)
+
+
+@pytest.mark.parametrize("roomy", [True, False])
+def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypatch, roomy):
+    _, model = opened
+    plan = MemoryPlan(model.config, weights_by_component(model.plan.nbytes), 4096)
+    free = plan.total_bytes + (plan.compile_bytes if roomy else plan.compile_bytes - 1)
+    order = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
+
+    def compile_kernels(config, max_context, device):
+        if roomy:  # the loading goes on meanwhile
+            while "load" not in order:
+                pass
+        order.append("compile")
+
+    monkeypatch.setattr(backends, "compile_kernels", compile_kernels)
+
+    def load():
+        order.append("load")
+        return {"head": torch.zeros(1)}
+
+    weights = backends._compile_and_load(plan, torch.device("cuda"), load)
+    assert list(weights) == ["head"]
+    assert order == (["load", "compile"] if roomy else ["compile", "empty cache", "load"])
