@@ -11,6 +11,8 @@ K experts per token, F expert width, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,8 @@ class GptOssReference:
         self.config = config
         self.device = device
         self.weights: Weights = {name: w.to(device) for name, w in weights.items()}
-        if 4 * sum(w.shape.numel() if isinstance(w, Tensor) else _numel(w.shape)
-                   for w in self.weights.values()) <= DECODE_AT_LOAD_BYTES:  # fmt: skip
+        decoded_bytes = sum(4 * math.prod(w.shape) for w in self.weights.values())
+        if decoded_bytes <= DECODE_AT_LOAD_BYTES:
             self.weights = {name: _fp32(w) for name, w in self.weights.items()}
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -163,7 +165,3 @@ def clamped_swiglu(hidden: Tensor, *, limit: float, alpha: float) -> Tensor:
 
 def _fp32(weight: Tensor | QuantTensor) -> Tensor:
     return weight.float() if isinstance(weight, Tensor) else codecs.decode(weight)
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
