@@ -10,15 +10,16 @@ from functools import partial
 import torch
 
 from loaders.checkpoint import Checkpoint
+from loaders.errors import UnsupportedModelError
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
-from moe_runtime.models.gpt_oss import GptOssReference, Weights
+from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, fit, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
-from moe_runtime.support import LEAST_CAPABILITY
+from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
 
 # Backend -> the values of dtype that it takes: what it computes in.
@@ -49,11 +50,19 @@ def create_backend(
     if backend not in ("auto", *DTYPES):
         raise ValueError(f"backend must be auto, {' or '.join(DTYPES)}, got {backend!r}")
     config = opened.config
+    if backend == "triton" and not has_kernels(config.family):
+        raise UnsupportedModelError(
+            f"the triton backend has no kernels for {config.family} models",
+            hint="use backend='reference' (--backend reference), which is slow",
+        )
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
     weight_bytes = weights_by_component(opened.plan.nbytes)
     target, plan = _place(config, weight_bytes, device, backend, max_context, progress)
-    name = backend if backend != "auto" else "triton" if target.type == "cuda" else "reference"
+    name = backend
+    if name == "auto":
+        kernels = target.type == "cuda" and has_kernels(config.family)
+        name = "triton" if kernels else "reference"
     if dtype not in DTYPES[name]:
         allowed = " or ".join(DTYPES[name])
         raise ValueError(f"dtype must be {allowed} for the {name} backend, got {dtype!r}")
@@ -72,8 +81,9 @@ def create_backend(
         progress=progress,
     )
     if name == "reference":
-        made: Backend = ReferenceBackend(GptOssReference(config, load(), target), plan)
+        made: Backend = ReferenceBackend(opened.family.reference(config, load(), target), plan)
     else:
+        assert isinstance(config, ModelConfig), config.family
         with torch.cuda.device(target):
             made = TritonBackend(config, _compile_and_load(plan, target, load), plan, target)
     if progress:
@@ -85,6 +95,7 @@ def _compile_and_load(
     plan: MemoryPlan, target: torch.device, load: Callable[[], Weights]
 ) -> Weights:
     """Weights, and every kernel compiled: both at once where there is room for it."""
+    assert isinstance(plan.config, ModelConfig), plan.config.family
     free_bytes, _ = torch.cuda.mem_get_info(target)
     with ThreadPoolExecutor(1) as pool:
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
@@ -97,7 +108,7 @@ def _compile_and_load(
 
 
 def _place(
-    config: ModelConfig,
+    config: DecoderConfig,
     weight_bytes: dict[str, int],
     device: str,
     backend: str,
@@ -107,7 +118,9 @@ def _place(
     """The device to run on and the plan that fits it."""
     if device == "auto" and torch.cuda.is_available() and backend != "reference":
         target = torch.device("cuda", torch.cuda.current_device())
-        if _runs_kernels(target):
+        if not has_kernels(config.family):
+            _say(f"running on the CPU, slowly: there are no GPU kernels for {config.family} models")
+        elif _runs_kernels(target):
             try:
                 return target, _fit_gpu(config, weight_bytes, target, max_context)
             except DoesNotFitError as error:
@@ -141,7 +154,7 @@ def _runs_kernels(device: torch.device) -> bool:
 
 
 def _fit_gpu(
-    config: ModelConfig,
+    config: DecoderConfig,
     weight_bytes: dict[str, int],
     target: torch.device,
     max_context: int | None,

@@ -1,4 +1,5 @@
-"""ModelConfig: the facts of a model, read from config.json and checked once.
+"""The facts of a model, read from config.json and checked once: DecoderConfig, what all families
+have, and ModelConfig, what GPT-OSS adds. Other families' configs lie beside their models.
 
 Letters: D model width, L layers, H query heads, G kv heads, C head width, E experts,
 K experts a token, F expert width, V vocabulary, W sliding window.
@@ -13,6 +14,7 @@ from typing import Any
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import shown
 
+CACHE_ITEM_BYTES = 2  # keys and values are bf16
 _LARGEST = 2**31 - 1  # of any single size in a config
 MAX_MODEL_SIZE = {
     "num_layers": 1024,
@@ -39,27 +41,63 @@ class YarnRope:
 
 
 @dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and constants of a GPT-OSS-like decoder; a field without a true default has none."""
+class CachePart:
+    """Rows of one kind that one layer caches: keys and values, latents, keys of an indexer."""
 
-    family: str  # "gpt_oss"
+    row_bytes: int
+    window: int | None = None  # rows kept for a query, its own counted; None: all
+    tokens_per_row: int = 1
+    most_read: int | None = None  # rows that a token reads at most (a top-k); None: all kept
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What every family has; a field without a true default has none."""
+
+    family: str  # as in config.json's model_type
     num_layers: int
     model_width: int  # D
     num_heads: int  # H
-    num_kv_heads: int  # G
-    head_width: int  # C
     num_experts: int  # E
     experts_per_token: int  # K
     expert_width: int  # F
     vocab_size: int  # V
+    norm_eps: float
+    max_context: int  # positions the model was made for
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def dims(self) -> dict[str, int]:
+        """Letters of tensor shapes, for the loaders' name tables."""
+        raise NotImplementedError
+
+    @property
+    def projection_width(self) -> int:
+        """Values that the projections of one attention layer make for a token."""
+        raise NotImplementedError
+
+    @property
+    def position_width(self) -> int:
+        """Values of the rotary table for one position."""
+        raise NotImplementedError
+
+    @property
+    def cache_parts(self) -> tuple[CachePart, ...]:
+        """What all layers cache."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ModelConfig(DecoderConfig):
+    """Sizes and constants of a GPT-OSS-like decoder."""
+
+    num_kv_heads: int  # G
+    head_width: int  # C
     sliding_window: int  # W, the query counted
     layer_is_sliding: tuple[bool, ...]
-    norm_eps: float
     rope: YarnRope
     swiglu_limit: float
     swiglu_alpha: float
-    max_context: int  # positions the model was made for
-    eos_token_ids: tuple[int, ...]
 
     @property
     def qkv_width(self) -> int:
@@ -72,8 +110,27 @@ class ModelConfig:
         return self.num_heads * self.head_width
 
     @property
+    def projection_width(self) -> int:
+        """q, k, v and the attention's output."""
+        return self.qkv_width + self.attention_width
+
+    @property
+    def position_width(self) -> int:
+        """cos and sin of half a head."""
+        return self.head_width
+
+    @property
+    def cache_parts(self) -> tuple[CachePart, ...]:
+        """Keys and values of each layer."""
+        row_bytes = 2 * self.num_kv_heads * self.head_width * CACHE_ITEM_BYTES
+        return tuple(
+            CachePart(row_bytes, self.sliding_window if slides else None)
+            for slides in self.layer_is_sliding
+        )
+
+    @property
     def dims(self) -> dict[str, int]:
-        """Letters of tensor shapes, for the loaders' name tables."""
+        """See DecoderConfig.dims."""
         return {
             "D": self.model_width,
             "H": self.num_heads,

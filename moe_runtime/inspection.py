@@ -18,7 +18,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import parse_json_object
 from loaders.safetensors_header import DTYPE_BITS, TensorInfo
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import DecoderConfig
 from moe_runtime.models.registry import OpenedModel, plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
 from moe_runtime.support import SUPPORTED
@@ -206,18 +206,18 @@ def _parameters(info: TensorInfo) -> int:
     return info.nbytes * 8 // DTYPE_BITS[info.dtype]
 
 
-def _architecture(raw: Mapping[str, Any], config: ModelConfig | None) -> str:
+def _architecture(raw: Mapping[str, Any], config: DecoderConfig | None) -> str:
     named = raw.get("architectures")
     if isinstance(named, list) and named:
         return str(named[0])
     return str(raw.get("model_type") or (config.family if config else "unknown"))
 
 
-def _sizes(raw: Mapping[str, Any], config: ModelConfig | None) -> dict[str, int]:
+def _sizes(raw: Mapping[str, Any], config: DecoderConfig | None) -> dict[str, int]:
     """Sizes by our words: checked ones of a model that runs, else what config.json says."""
     found: dict[str, int] = {}
     for word, field, *keys in _SIZES:
-        values = [getattr(config, field)] if config else [raw.get(key) for key in keys]
+        values = [getattr(config, field, None)] if config else [raw.get(key) for key in keys]
         sizes = [v for v in values if isinstance(v, int) and not isinstance(v, bool)]
         if sizes:
             found[word] = sizes[0]
@@ -238,7 +238,7 @@ def _drop_empty(read: dict[str, int]) -> dict[str, int]:
     return {component: nbytes for component, nbytes in read.items() if nbytes}
 
 
-def _active_parameters(config: ModelConfig, components: tuple[Component, ...]) -> int:
+def _active_parameters(config: DecoderConfig, components: tuple[Component, ...]) -> int:
     by_name = {component.name: component.parameters for component in components}
     experts = by_name.pop("experts", 0) * config.experts_per_token // config.num_experts
     by_name.pop("embedding", None)
@@ -251,7 +251,7 @@ def _cache_bytes_per_token(plan: MemoryPlan) -> int:
     return plan.decode_bytes(long)["cache"] - plan.decode_bytes(long - 1)["cache"]
 
 
-def _backends(config: ModelConfig | None, components: tuple[Component, ...]) -> dict[str, str]:
+def _backends(config: DecoderConfig | None, components: tuple[Component, ...]) -> dict[str, str]:
     if config is None:
         return {}
     experts = next((c.formats for c in components if c.name == "experts"), {})
@@ -262,7 +262,7 @@ def _backends(config: ModelConfig | None, components: tuple[Component, ...]) -> 
     return needs
 
 
-def _tokenizer(checkpoint: Checkpoint, config: ModelConfig | None) -> TokenizerSummary:
+def _tokenizer(checkpoint: Checkpoint, config: DecoderConfig | None) -> TokenizerSummary:
     vocab_size = config.vocab_size if config else checkpoint.config.get("vocab_size")
     try:
         if checkpoint.folder is None and not _is_small(checkpoint, "tokenizer.json"):

@@ -17,7 +17,7 @@ from loaders.files import CheckpointFiles
 from moe_runtime.backend import Backend
 from moe_runtime.backends import create_backend
 from moe_runtime.bundled import BUNDLED
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import DecoderConfig
 from moe_runtime.generate import MAX_LOGPROBS, Generation, Request, StopOn, TextStream
 from moe_runtime.generation_config import GenerationDefaults
 from moe_runtime.harmony import HarmonyTokens
@@ -46,7 +46,7 @@ class MoeModel:
     def __init__(
         self,
         backend: Backend,
-        config: ModelConfig,
+        config: DecoderConfig,
         *,
         tokenizer: Tokenizer | None = None,
         defaults: GenerationDefaults | None = None,

@@ -6,16 +6,21 @@ The runtime allocates from these figures and the reports print them, so they can
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import CachePart, DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
 
-COMPONENTS = ("embedding", "attention", "router", "experts", "norms", "head")
+COMPONENTS = (
+    *("embedding", "attention", "indexer", "compressor", "hyper-connections", "router", "experts"),
+    *("shared experts", "mlp", "norms", "head"),
+)
 PREFILL_CHUNK = 2048  # tokens that go through the layers at once
-CACHE_ITEM_BYTES = 2  # keys and values are bf16
 RESERVE_BYTES = 1 << 30  # CUDA context, kernels, captured graphs
 MIN_CONTEXT = 512  # a shorter cache is not worth loading a model for
+
+# On several devices heads and experts are divided; the rest is on each of them.
+_DIVIDED = ("attention", "experts", "shared experts", "mlp")
 
 _COMPONENT_BY_NAME = {
     "embedding": "embedding",
@@ -25,43 +30,56 @@ _COMPONENT_BY_NAME = {
     "moe.norm": "norms",
     "moe.router": "router",
     "moe.router_bias": "router",
+    "mlp.norm": "norms",
+}
+_COMPONENT_BY_PREFIX = {
+    "attention.indexer.": "indexer",
+    "attention.compressor.": "compressor",
+    "attention.": "attention",
+    "hyper.": "hyper-connections",
+    "moe.shared_": "shared experts",
+    "moe.": "experts",
+    "mlp.": "mlp",
 }
 
 
 def component_of(name: str) -> str:
     """The component of a weight by its name in our models, e.g. layers.3.moe.gate_up: experts."""
     short = name.split(".", 2)[2] if name.startswith("layers.") else name
-    return _COMPONENT_BY_NAME.get(short) or (
-        "attention" if short.startswith("attention.") else "experts"
-    )
+    if short in _COMPONENT_BY_NAME:
+        return _COMPONENT_BY_NAME[short]
+    return next(what for prefix, what in _COMPONENT_BY_PREFIX.items() if short.startswith(prefix))
 
 
 def weights_by_component(nbytes: Mapping[str, int]) -> dict[str, int]:
-    """Bytes of each component from bytes of each weight."""
+    """Bytes of each component that the model has, from bytes of each weight."""
     totals = dict.fromkeys(COMPONENTS, 0)
     for name, size in nbytes.items():
         totals[component_of(name)] += size
-    return totals
+    return {component: size for component, size in totals.items() if size}
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on the device for one model and one context."""
 
-    config: ModelConfig
-    weight_bytes: dict[str, int]  # by component
+    config: DecoderConfig
+    weight_bytes: dict[str, int]  # of the whole model, by component
     max_context: int
+    world_size: int = 1  # devices that share heads and experts, see check_world_size
 
     @property
     def total_weight_bytes(self) -> int:
-        """Bytes of all weights as stored."""
-        return sum(self.weight_bytes.values())
+        """Bytes on one device of all weights as stored."""
+        return sum(
+            -(-size // self.world_size) if component in _DIVIDED else size
+            for component, size in self.weight_bytes.items()
+        )
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of all layers."""
-        slots = sum(cache_slots(self.config, i, self.max_context) for i in _layers(self.config))
-        return slots * _cache_row_bytes(self.config)
+        """What all layers cache."""
+        return sum(_allocated(part, self.max_context) for part in self.config.cache_parts)
 
     @property
     def workspace_bytes(self) -> int:
@@ -69,9 +87,9 @@ class MemoryPlan:
         c = self.config
         tokens = min(PREFILL_CHUNK, self.max_context)
         routed = tokens * c.experts_per_token + 128 * c.num_experts
-        row = 8 * c.model_width + 4 * c.qkv_width + 4 * c.attention_width
+        row = 8 * c.model_width + 4 * c.projection_width
         expert_row = 2 * c.model_width + 2 * c.expert_width + 4 * c.model_width
-        rope = 4 * c.head_width * self.max_context
+        rope = 4 * c.position_width * self.max_context
         return tokens * row + routed * expert_row + rope + 64 * c.vocab_size
 
     @property
@@ -79,10 +97,10 @@ class MemoryPlan:
         """The layers of zeros that compile the kernels, freed afterwards."""
         c = self.config
         table = 2 * c.vocab_size * c.model_width
-        attention = 2 * c.model_width * (c.qkv_width + c.attention_width)
+        attention = 2 * c.model_width * c.projection_width
         expert = 4 * c.model_width * c.expert_width  # more than a byte a weight: room for the rest
-        caches = {c.layer_is_sliding[i]: cache_slots(c, i, self.max_context) for i in _layers(c)}
-        cache = sum(caches.values()) * _cache_row_bytes(c) // 2  # keys and values share it
+        # One layer of each kind; keys and values share it.
+        cache = sum(_allocated(part, self.max_context) for part in set(c.cache_parts)) // 2
         return table + attention + c.experts_per_token * expert + cache
 
     @property
@@ -97,40 +115,45 @@ class MemoryPlan:
         read = dict(self.weight_bytes)
         read["embedding"] = read["embedding"] // c.vocab_size
         read["experts"] = read["experts"] * c.experts_per_token // c.num_experts
-        seen = sum(
-            min(context, c.sliding_window) if c.layer_is_sliding[i] else context for i in _layers(c)
-        )
-        read["cache"] = seen * _cache_row_bytes(c)
+        read["cache"] = sum(_read(part, context) for part in c.cache_parts)
         return read
 
 
 def cache_slots(config: ModelConfig, layer: int, max_context: int) -> int:
     """Positions a layer's cache holds: all, or on a sliding layer the window and one chunk."""
-    if config.layer_is_sliding[layer]:
-        return min(max_context, config.sliding_window + PREFILL_CHUNK)
-    return max_context
+    return _slots(config.cache_parts[layer], max_context)
+
+
+def check_world_size(config: DecoderConfig, world_size: int) -> None:
+    """ValueError unless heads and experts can be divided among this many devices."""
+    for what, count in (("heads", config.num_heads), ("experts", config.num_experts)):
+        if world_size < 1 or count % world_size:
+            raise ValueError(f"world_size must divide the model's {count} {what}, got {world_size}")
 
 
 def fit(
-    config: ModelConfig,
+    config: DecoderConfig,
     weight_bytes: dict[str, int],
     *,
     max_context: int | None,
     free_bytes: int,
     device: str,
+    world_size: int = 1,
 ) -> MemoryPlan:
     """The plan for a device with free_bytes; the longest context that fits if none is asked for.
 
+    world_size: devices that share heads and experts; both must divide by it (ValueError)
     Raises DoesNotFitError naming what is needed, what there is and what would fit.
     """
+    check_world_size(config, world_size)
     wanted = max_context or config.max_context
-    plan = MemoryPlan(config, weight_bytes, wanted)
+    plan = MemoryPlan(config, weight_bytes, wanted, world_size)
     if plan.total_bytes <= free_bytes:
         return plan
-    longest = _longest_context(config, weight_bytes, free_bytes)
+    longest = _longest_context(plan, free_bytes)
     if longest >= MIN_CONTEXT and max_context is None:
-        return MemoryPlan(config, weight_bytes, longest)
-    smallest = MemoryPlan(config, weight_bytes, min(wanted, MIN_CONTEXT))
+        return replace(plan, max_context=longest)
+    smallest = replace(plan, max_context=min(wanted, MIN_CONTEXT))
     if longest >= MIN_CONTEXT:
         hint = f"a context of {longest} tokens fits: max_context={longest} (--max-context)"
     else:
@@ -150,20 +173,27 @@ def gb(size: int) -> str:
     return f"{size / 1e9:.2f} GB"
 
 
-def _longest_context(config: ModelConfig, weight_bytes: dict[str, int], free_bytes: int) -> int:
-    low, high = 0, config.max_context
+def _longest_context(plan: MemoryPlan, free_bytes: int) -> int:
+    low, high = 0, plan.config.max_context
     while low < high:
         middle = (low + high + 1) // 2
-        if MemoryPlan(config, weight_bytes, middle).total_bytes <= free_bytes:
+        if replace(plan, max_context=middle).total_bytes <= free_bytes:
             low = middle
         else:
             high = middle - 1
-    return low if low == config.max_context else low // 256 * 256
+    return low if low == plan.config.max_context else low // 256 * 256
 
 
-def _cache_row_bytes(config: ModelConfig) -> int:
-    return 2 * config.num_kv_heads * config.head_width * CACHE_ITEM_BYTES
+def _slots(part: CachePart, max_context: int) -> int:
+    rows = -(-max_context // part.tokens_per_row)
+    return rows if part.window is None else min(rows, part.window + PREFILL_CHUNK)
 
 
-def _layers(config: ModelConfig) -> range:
-    return range(config.num_layers)
+def _allocated(part: CachePart, max_context: int) -> int:
+    return part.row_bytes * _slots(part, max_context)
+
+
+def _read(part: CachePart, context: int) -> int:
+    """Bytes that one token reads after `context` cached ones."""
+    limits = (context // part.tokens_per_row, part.window, part.most_read)
+    return part.row_bytes * min(limit for limit in limits if limit is not None)

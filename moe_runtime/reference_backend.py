@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.reference import sampling as draw
 from moe_runtime.backend import SampledToken
-from moe_runtime.models.gpt_oss import GptOssReference
+from moe_runtime.models.reference_model import ReferenceModel
 from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
 from moe_runtime.sampling import SamplingParams
 
@@ -24,7 +24,7 @@ class ReferenceBackend:
     name = "reference"
     read_bandwidth: float | None = None
 
-    def __init__(self, model: GptOssReference, plan: MemoryPlan) -> None:
+    def __init__(self, model: ReferenceModel, plan: MemoryPlan) -> None:
         self.model = model
         self.plan = plan
         self.device = model.device
@@ -65,8 +65,7 @@ class ReferenceBackend:
 
     def close(self) -> None:
         """See Backend.close."""
-        self.model.weights = {}
-        self.model.keys = self.model.values = []
+        self.model.close()
 
     @contextmanager
     def _threads_of_a_step(self) -> Iterator[None]:

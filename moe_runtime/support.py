@@ -9,7 +9,7 @@ from dataclasses import dataclass
 class Support:
     """One combination that is implemented and tested."""
 
-    family: str  # as in ModelConfig.family
+    family: str  # as in DecoderConfig.family
     experts: str  # format names of quant.formats
     dense: str
     backend: str
@@ -49,6 +49,11 @@ SUPPORTED = (
     Support("gpt_oss", "mxfp4", "bf16", "triton", LEAST_CAPABILITY),
     Support("gpt_oss", "mxfp4", "bf16", "reference", None),
 )
+
+
+def has_kernels(family: str) -> bool:
+    """Whether there is a backend of GPU kernels for a family."""
+    return any(row.family == family and row.backend == "triton" for row in SUPPORTED)
 
 
 def _sm(capability: tuple[int, int]) -> str:

@@ -11,37 +11,19 @@ K experts per token, F expert width, V vocabulary.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope_kv import rope_table
 from moe_runtime.config import ModelConfig
-from quant import codecs
-from quant.tensor import QuantTensor
-
-Weights = dict[str, Tensor | QuantTensor]
-
-# Below this many decoded bytes all weights are decoded once at load; above it, at each use.
-DECODE_AT_LOAD_BYTES = 2 << 30
+from moe_runtime.models.reference_model import ReferenceModel, decoded
 
 
-class GptOssReference:
-    """One GPT-OSS model on one device with its cache of keys and values (fp32, grown as needed)."""
+class GptOssReference(ReferenceModel):
+    """One GPT-OSS model with its cache of keys and values."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.weights: Weights = {name: w.to(device) for name, w in weights.items()}
-        decoded_bytes = sum(4 * math.prod(w.shape) for w in self.weights.values())
-        if decoded_bytes <= DECODE_AT_LOAD_BYTES:
-            self.weights = {name: _fp32(w) for name, w in self.weights.items()}
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.length = 0
-        self.reset()
+    config: ModelConfig
 
     def reset(self) -> None:
         """Forget the cached sequence."""
@@ -50,24 +32,15 @@ class GptOssReference:
         self.values = [k.clone() for k in self.keys]
         self.length = 0
 
-    def weight(self, name: str) -> Tensor:
-        """A dense weight in fp32."""
-        return _fp32(self.weights[name])
-
     def forward(self, token_ids_T: Tensor) -> Tensor:
-        """Run tokens through all layers after what is cached; returns the residual [T, D] fp32."""
+        """See ReferenceModel.forward."""
         positions_T = torch.arange(self.length, self.length + len(token_ids_T), device=self.device)
-        x_TD = _fp32(self._tensor("embedding")[token_ids_T.to(self.device)])
+        x_TD = self.embed(token_ids_T)
         for layer in range(self.config.num_layers):
             x_TD = x_TD + self._attention(layer, x_TD, positions_T)
             x_TD = x_TD + self._experts(layer, x_TD)
         self.length += len(token_ids_T)
         return x_TD
-
-    def head(self, x_TD: Tensor) -> Tensor:
-        """Logits [T, V] fp32 of residual rows."""
-        x_TD = rms_norm(x_TD, self.weight("final_norm"), self.config.norm_eps)
-        return x_TD @ self.weight("head").T
 
     def _attention(self, layer: int, x_TD: Tensor, positions_T: Tensor) -> Tensor:
         c = self.config
@@ -101,18 +74,13 @@ class GptOssReference:
         out_TD = torch.zeros_like(x_TD)
         for expert in ids_TK.unique().tolist():
             tokens, slots = (ids_TK == expert).nonzero(as_tuple=True)
-            gate_up = _fp32(self.weights[name + "gate_up"][expert])
-            down = _fp32(self.weights[name + "down"][expert])
-            hidden = x_TD[tokens] @ gate_up.T + _fp32(self._tensor(name + "gate_up_bias")[expert])
+            gate_up = decoded(self.weights[name + "gate_up"][expert])
+            down = decoded(self.weights[name + "down"][expert])
+            hidden = x_TD[tokens] @ gate_up.T + self.tensor(name + "gate_up_bias")[expert].float()
             hidden = clamped_swiglu(hidden, limit=c.swiglu_limit, alpha=c.swiglu_alpha)
-            result = hidden @ down.T + _fp32(self._tensor(name + "down_bias")[expert])
+            result = hidden @ down.T + self.tensor(name + "down_bias")[expert].float()
             out_TD[tokens] += top_TK[tokens, slots, None] * result
         return out_TD
-
-    def _tensor(self, name: str) -> Tensor:
-        tensor = self.weights[name]
-        assert isinstance(tensor, Tensor), name
-        return tensor
 
 
 def apply_rope(x_THC: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -161,7 +129,3 @@ def clamped_swiglu(hidden: Tensor, *, limit: float, alpha: float) -> Tensor:
     gate = hidden[..., 0::2].clamp(max=limit)
     up = hidden[..., 1::2].clamp(-limit, limit)
     return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-
-def _fp32(weight: Tensor | QuantTensor) -> Tensor:
-    return weight.float() if isinstance(weight, Tensor) else codecs.decode(weight)

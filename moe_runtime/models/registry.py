@@ -12,8 +12,10 @@ from loaders.json_text import shown
 from loaders.names import gpt_oss as gpt_oss_names
 from loaders.names.table import LoadPlan, NameTable, match_names
 from loaders.quant_config import expert_format
-from moe_runtime.config import ModelConfig
+from moe_runtime.config import DecoderConfig
 from moe_runtime.models import gpt_oss_config
+from moe_runtime.models.gpt_oss import GptOssReference
+from moe_runtime.models.reference_model import ReferenceModel
 
 
 @dataclass(frozen=True)
@@ -23,13 +25,18 @@ class ModelFamily:
     model_type: str  # as in config.json
     architectures: tuple[str, ...]
     # config.json, generation_config.json ({} if there is none), layout -> the model's facts
-    read_config: Callable[[Mapping[str, Any], Mapping[str, Any], str], ModelConfig]
+    read_config: Callable[[Mapping[str, Any], Mapping[str, Any], str], DecoderConfig]
     name_tables: Mapping[str, NameTable]  # by layout
+    reference: type[ReferenceModel]
 
 
 MODELS: dict[str, ModelFamily] = {
     "gpt_oss": ModelFamily(
-        "gpt_oss", ("GptOssForCausalLM",), gpt_oss_config.read_config, gpt_oss_names.TABLES
+        "gpt_oss",
+        ("GptOssForCausalLM",),
+        gpt_oss_config.read_config,
+        gpt_oss_names.TABLES,
+        GptOssReference,
     ),
 }
 _ORIGINAL_LAYOUT = "gpt_oss"  # the one family whose vendor publishes a layout of its own
@@ -65,7 +72,7 @@ class OpenedModel:
     """A checkpoint understood from its headers: family, facts, and where each weight is."""
 
     family: ModelFamily
-    config: ModelConfig
+    config: DecoderConfig
     table: NameTable
     plan: LoadPlan
 
