@@ -15,6 +15,7 @@ COMPONENTS = (
     *("embedding", "attention", "indexer", "compressor", "hyper-connections", "router", "experts"),
     *("shared experts", "mlp", "norms", "head"),
 )
+LOOKED_UP = ("embedding", "hash tables")  # components of which a token reads one row of V
 PREFILL_CHUNK = 2048  # tokens that go through the layers at once
 RESERVE_BYTES = 1 << 30  # CUDA context, kernels, captured graphs
 MIN_CONTEXT = 512  # a shorter cache is not worth loading a model for
@@ -112,9 +113,13 @@ class MemoryPlan:
     def decode_bytes(self, context: int) -> dict[str, int]:
         """Bytes read for one token after `context` cached ones, by component, cache included."""
         c = self.config
-        read = dict(self.weight_bytes)
-        read["embedding"] = read["embedding"] // c.vocab_size
-        read["experts"] = read["experts"] * c.experts_per_token // c.num_experts
+        read = {}
+        for component, size in self.weight_bytes.items():
+            if component in LOOKED_UP:
+                size //= c.vocab_size
+            elif component == "experts":
+                size = size * c.experts_per_token // c.num_experts
+            read[component] = size
         read["cache"] = sum(_read(part, context) for part in c.cache_parts)
         return read
 
@@ -150,7 +155,7 @@ def fit(
     plan = MemoryPlan(config, weight_bytes, wanted, world_size)
     if plan.total_bytes <= free_bytes:
         return plan
-    longest = _longest_context(plan, free_bytes)
+    longest = longest_context(plan, free_bytes)
     if longest >= MIN_CONTEXT and max_context is None:
         return replace(plan, max_context=longest)
     smallest = replace(plan, max_context=min(wanted, MIN_CONTEXT))
@@ -168,12 +173,8 @@ def fit(
     )
 
 
-def gb(size: int) -> str:
-    """Bytes as GB (10^9) with two digits."""
-    return f"{size / 1e9:.2f} GB"
-
-
-def _longest_context(plan: MemoryPlan, free_bytes: int) -> int:
+def longest_context(plan: MemoryPlan, free_bytes: int) -> int:
+    """The longest context of the plan's model that fits free_bytes, to 256 tokens; 0 for none."""
     low, high = 0, plan.config.max_context
     while low < high:
         middle = (low + high + 1) // 2
@@ -182,6 +183,11 @@ def _longest_context(plan: MemoryPlan, free_bytes: int) -> int:
         else:
             high = middle - 1
     return low if low == plan.config.max_context else low // 256 * 256
+
+
+def gb(size: int) -> str:
+    """Bytes as GB (10^9) with two digits."""
+    return f"{size / 1e9:.2f} GB"
 
 
 def _slots(part: CachePart, max_context: int) -> int:
