@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.dependent_launch import early_start, let_next_start, wait_for_front
+
 
 # Program 0 packs the normed vector; program p > 0 computes ROWS logits; the last one to finish
 # chooses. Grid: 1 + E / ROWS.
@@ -29,16 +31,24 @@ def _router_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
+    program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
+    e = (program - 1) * ROWS + tl.arange(0, ROWS)
+    inside = (e >= 0)[:, None] & (e < E)[:, None] & (d < D)[None, :]
+    w = tl.load(w_ptr + e[:, None] * D + d[None, :], mask=inside, other=0.0)
+    norm = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
+    bias = tl.load(bias_ptr + e, mask=(e >= 0) & (e < E), other=0.0).to(tl.float32)
+    wait_for_front(EARLY)
     x = tl.load(x_ptr + d, mask=d < D, other=0.0)
     factor = tl.rsqrt(tl.sum(x * x) / D + EPS)
-    y = x * factor * tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
-    program = tl.program_id(0)
+    x *= norm
     if program == 0:
         # The largest magnitude goes to [2^14, 2^15): products with codes (at most 6, scaled by
         # 2^-14) and sums of four stay in fp16's normal range.
+        y = x * factor
         largest = tl.maximum(tl.max(tl.abs(y)), 1e-30)
         exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
         scale = ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
@@ -47,31 +57,29 @@ def _router_kernel(
         tl.store(packed_ptr + place, (y * scale).to(tl.float16), mask=d < D)
         tl.store(unscale_ptr, ((exponent - 14 + 127) << 23).to(tl.float32, bitcast=True))
     else:
-        e = (program - 1) * ROWS + tl.arange(0, ROWS)
-        inside = (e < E)[:, None] & (d < D)[None, :]
-        w = tl.load(w_ptr + e[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
-        logit = tl.sum(w * y[None, :], axis=1)
-        logit += tl.load(bias_ptr + e, mask=e < E, other=0.0).to(tl.float32)
+        logit = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * factor + bias
+        # NaN (weights that overflow) must not lead to an expert that does not exist.
+        logit = tl.where(logit == logit, logit, float("-inf"))
         tl.store(logits_ptr + e, logit, mask=e < E)
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.debug_barrier()
-        e = tl.arange(0, BLOCK_E)
-        logits = tl.load(logits_ptr + e, mask=e < E, other=float("-inf"), cache_modifier=".cg")
-        # NaN (weights that overflow) must not lead to an expert that does not exist.
-        logits = tl.where(logits == logits, logits, float("-inf"))
-        slot = tl.arange(0, BLOCK_K)
-        chosen = tl.full((BLOCK_K,), float("-inf"), tl.float32)
-        ids = tl.zeros((BLOCK_K,), tl.int32)
-        for k in tl.static_range(K):
-            best, index = tl.max(logits, axis=0, return_indices=True)
-            chosen = tl.where(slot == k, best, chosen)
-            ids = tl.where(slot == k, index, ids)
-            logits = tl.where(e == index, float("-inf"), logits)
-        weights = tl.exp(chosen - tl.max(chosen))
+        expert = tl.arange(0, BLOCK_E)
+        logits = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf"), cache_modifier=".cg")
+        others = tl.load(
+            logits_ptr + expert[:, None], mask=(expert < E)[:, None], other=float("-inf"),
+            cache_modifier=".cg",
+        )  # fmt: skip
+        # An expert's rank is the number of experts in front of it; a tie takes the lower id.
+        in_front = (others > logits[None, :]) | (
+            (others == logits[None, :]) & (expert[:, None] < expert[None, :])
+        )
+        rank = tl.sum(in_front.to(tl.int32), axis=0)
+        chosen = (rank < K) & (expert < E)
+        weights = tl.where(chosen, tl.exp(logits - tl.max(logits)), 0.0)
         weights = weights / tl.sum(weights)
-        tl.store(ids_ptr + slot, ids, mask=slot < K)
-        tl.store(weights_ptr + slot, weights, mask=slot < K)
+        tl.store(ids_ptr + rank, expert, mask=chosen)
+        tl.store(weights_ptr + rank, weights, mask=chosen)
         tl.store(ticket_ptr, 0)
 
 
@@ -124,6 +132,6 @@ def router_topk(
         ROWS=rows,
         BLOCK_D=triton.next_power_of_2(width),
         BLOCK_E=triton.next_power_of_2(experts),
-        BLOCK_K=triton.next_power_of_2(len(expert_ids)),
         num_warps=8,
+        **early_start(x),
     )

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.gemv_bf16 import embedding, gemv
+from kernels.gemv import embedding, gemv
 from kernels.moe_gemv import moe_down, moe_gate_up
-from kernels.rope_kv import rope_and_cache
 from kernels.router_topk import router_topk
 from kernels.sampling import SamplingState, make_state, sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
@@ -150,7 +149,6 @@ class DecodeStep:
 
         self.residual = buffer(c.model_width)
         self.qkv = buffer(c.qkv_width)
-        self.q = buffer(1, c.num_heads, c.head_width, dtype=cache.keys[0].dtype)
         self.attention = buffer(c.num_heads, c.head_width)
         self.split_acc = buffer(c.num_kv_heads, SPLITS, group, c.head_width)
         self.split_stats = buffer(c.num_kv_heads, SPLITS, group, 2)
@@ -201,12 +199,19 @@ class DecodeStep:
     def _attend(self, layer: int, w: LayerWeights) -> None:
         c = self.config
         eps = c.norm_eps
-        gemv(self.residual, w.qkv, self.qkv, norm=w.attention_norm, bias=w.qkv_bias, eps=eps)
+        gemv(
+            self.residual,
+            w.qkv,
+            self.qkv,
+            norm=w.attention_norm,
+            bias=w.qkv_bias,
+            eps=eps,
+            start_next_first=False,  # attention reads position and cache before its wait
+        )
         k_cache, v_cache = self.cache.keys[layer], self.cache.values[layer]
-        cos, sin = self.rope
-        rope_and_cache(self.qkv[None], cos, sin, self.state.position, k_cache, v_cache, self.q)
         sink_attention_decode(
-            self.q[0],
+            self.qkv,
+            self.rope,
             k_cache,
             v_cache,
             w.sinks,

@@ -6,9 +6,12 @@ H query heads, G kv heads, C head width, S slots of the cache.
 import torch
 from torch import Tensor
 
+from kernels.reference.rope_kv import rope_and_cache
+
 
 def sink_attention_decode(
-    q: Tensor,
+    qkv: Tensor,
+    rope: tuple[Tensor, Tensor],
     k_cache: Tensor,
     v_cache: Tensor,
     sinks: Tensor,
@@ -22,6 +25,8 @@ def sink_attention_decode(
 ) -> Tensor:
     """Same arguments and result as the kernel; the scratch buffers stay as they are."""
     kv_heads, slots, width = k_cache.shape
+    q = torch.empty_like(out, dtype=k_cache.dtype)[None]
+    q = rope_and_cache(qkv[None], *rope, position, k_cache, v_cache, q)[0]
     last = int(position)
     first = max(0, last - window + 1) if window else 0
     slot = torch.arange(first, last + 1, device=q.device) % slots

@@ -7,9 +7,9 @@ windows that wrap the ring. Output buffers start as NaN, tickets must end at zer
 import pytest
 import torch
 
-from kernels import gemv_bf16, moe_gemv, router_topk, sink_attention_decode
+from kernels import gemv, moe_gemv, router_topk, sink_attention_decode
 from kernels.packed_vector import pack_vector, unpack_vector
-from kernels.reference import gemv_bf16 as gemv_twin
+from kernels.reference import gemv as gemv_twin
 from kernels.reference import moe_gemv as moe_twin
 from kernels.reference import router_topk as router_twin
 from kernels.reference import sink_attention_decode as attention_twin
@@ -45,7 +45,7 @@ def test_gemv(device, rows, columns, norm, add):
     if norm:
         options["norm"] = torch.rand(columns, device=device) + 0.5
     expected = gemv_twin.gemv(x, weight, start.clone(), **options)
-    actual = gemv_bf16.gemv(x, weight, start.clone(), **options)
+    actual = gemv.gemv(x, weight, start.clone(), **options)
     assert_close(actual, expected, "gemv")
 
 
@@ -53,7 +53,7 @@ def test_embedding(device):
     table = torch.randn(11, 300, device=device).bfloat16()
     token = torch.tensor([10], dtype=torch.int32, device=device)
     out = torch.full((300,), NAN, device=device)
-    assert torch.equal(gemv_bf16.embedding(token, table, out), table[10].float())
+    assert torch.equal(gemv.embedding(token, table, out), table[10].float())
 
 
 def router_buffers(experts: int, top_k: int, width: int, device) -> dict[str, torch.Tensor]:
@@ -166,9 +166,13 @@ def test_every_code_and_scale_of_the_experts(device):
 def test_attention(device, position, window, slots, heads, kv_heads, width):
     # fp32 caches in the interpreter, which gets bf16 arithmetic wrong; bf16 on a GPU.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    q = (torch.randn(heads, width, device=device) * 2).to(dtype)
+    qkv = torch.randn((heads + 2 * kv_heads) * width, device=device) * 2
+    angles = torch.rand(position + 1, width // 2, device=device) * 6
+    rope = (angles.cos(), angles.sin())
     k_cache = torch.randn(kv_heads, slots, width, device=device).to(dtype)
     v_cache = torch.randn(kv_heads, slots, width, device=device).to(dtype)
+    k_cache[:, position % slots] = NAN  # written by the kernel before anything reads it
+    v_cache[:, position % slots] = NAN
     sinks = torch.randn(heads, device=device) * 3
     group = sink_attention_decode.head_group(heads, kv_heads)
     shape = (kv_heads, sink_attention_decode.SPLITS, group)
@@ -178,10 +182,16 @@ def test_attention(device, position, window, slots, heads, kv_heads, width):
         "ticket": torch.zeros(kv_heads, dtype=torch.int32, device=device),
     }
     where = torch.tensor([position], dtype=torch.int32, device=device)
-    out = torch.full((heads, width), NAN, device=device)
-    expected = out.clone()
-    arguments = (q, k_cache, v_cache, sinks, where)
-    attention_twin.sink_attention_decode(*arguments, expected, window=window, **scratch)
-    sink_attention_decode.sink_attention_decode(*arguments, out, window=window, **scratch)
-    assert_close(out, expected, "attention" if dtype == torch.float32 else "attention_bf16")
+    results = []
+    for module in (attention_twin, sink_attention_decode):
+        out = torch.full((heads, width), NAN, device=device)
+        caches = k_cache.clone(), v_cache.clone()
+        module.sink_attention_decode(
+            qkv, rope, *caches, sinks, where, out, window=window, **scratch
+        )
+        results.append((out, *caches))
+    expected, actual = results
+    assert_close(actual[0], expected[0], "attention" if dtype == torch.float32 else "attention_bf16")
+    for cached, wanted in zip(actual[1:], expected[1:], strict=True):
+        assert_close(cached, wanted, "gemv" if dtype == torch.float32 else "bf16")
     assert scratch["ticket"].sum() == 0

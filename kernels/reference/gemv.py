@@ -1,24 +1,28 @@
-"""Plain-torch twins of kernels/gemv_bf16.py."""
+"""Plain-torch twins of kernels/gemv.py."""
 
 from torch import Tensor
 
 from kernels.reference.rms_norm import rms_norm
+from quant.codecs import decode
+from quant.tensor import QuantTensor
 
 
 def gemv(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantTensor,
     out: Tensor,
     *,
     norm: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 0.0,
     add: bool = False,
+    start_next_first: bool = True,
 ) -> Tensor:
     """out [N] = weight [N, K] @ rms_norm(x [K]) + bias [N], or added to out; all in fp32."""
     if norm is not None:
         x = rms_norm(x[None], norm.float(), eps)[0]
-    y = weight.float() @ x
+    plain = weight.float() if isinstance(weight, Tensor) else decode(weight)
+    y = plain @ x
     if bias is not None:
         y = y + bias.float()
     return out.add_(y) if add else out.copy_(y)
