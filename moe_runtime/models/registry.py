@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import shown
+from loaders.logical import logical_tensors
 from loaders.names import gpt_oss as gpt_oss_names
 from loaders.names.table import LoadPlan, NameTable, match_names
-from loaders.quant_config import expert_format
+from loaders.quant_config import check_quantization
 from moe_runtime.config import DecoderConfig
 from moe_runtime.models import gpt_oss_config
 from moe_runtime.models.gpt_oss import GptOssReference
@@ -26,8 +28,13 @@ class ModelFamily:
     architectures: tuple[str, ...]
     # config.json, generation_config.json ({} if there is none), layout -> the model's facts
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any], str], DecoderConfig]
-    name_tables: Mapping[str, NameTable]  # by layout
+    # by layout; the names can depend on the config, which is one of this family
+    name_tables: Mapping[str, Callable[[Any], NameTable]]
     reference: type[ReferenceModel]
+
+
+def _always(table: NameTable, config: DecoderConfig) -> NameTable:
+    return table
 
 
 MODELS: dict[str, ModelFamily] = {
@@ -35,7 +42,7 @@ MODELS: dict[str, ModelFamily] = {
         "gpt_oss",
         ("GptOssForCausalLM",),
         gpt_oss_config.read_config,
-        gpt_oss_names.TABLES,
+        {layout: partial(_always, table) for layout, table in gpt_oss_names.TABLES.items()},
         GptOssReference,
     ),
 }
@@ -83,8 +90,9 @@ def plan_model(checkpoint: Checkpoint) -> OpenedModel:
     Raises CheckpointError or UnsupportedModelError.
     """
     family = find_family(checkpoint.config, checkpoint.layout)
-    expert_format(checkpoint.config, checkpoint.tensors)
+    tensors = logical_tensors(checkpoint)
+    check_quantization(checkpoint.config, tensors)
     config = family.read_config(checkpoint.config, checkpoint.generation_config, checkpoint.layout)
-    table = family.name_tables[checkpoint.layout]
-    plan = match_names(checkpoint.tensors, table, config.dims, config.num_layers)
+    table = family.name_tables[checkpoint.layout](config)
+    plan = match_names(tensors, table, config.dims, config.num_layers)
     return OpenedModel(family, config, table, plan)
