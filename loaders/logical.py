@@ -87,7 +87,16 @@ def read_tensor(checkpoint: Checkpoint, tensor: LogicalTensor) -> Tensor | Quant
 
     Scales come as the format stores them: E8M0 as uint8, fp32 from bf16 (exact).
     """
-    values = checkpoint.read(tensor.parts["values"].name)
+    parts = {part: checkpoint.read(info.name) for part, info in tensor.parts.items()}
+    return assembled(tensor, parts)
+
+
+def assembled(tensor: LogicalTensor, parts: Mapping[str, Tensor]) -> Tensor | QuantTensor:
+    """A weight from its parts as they lie in the files, on any device; views where possible.
+
+    parts: by the keys of tensor.parts
+    """
+    values = parts["values"]
     if tensor.format is None:
         return values.mT if tensor.transposed else values
     if values.dtype == torch.int8:
@@ -95,30 +104,29 @@ def read_tensor(checkpoint: Checkpoint, tensor: LogicalTensor) -> Tensor | Quant
     columns = tensor.shape[-1] // tensor.format.values_per_byte
     return QuantTensor(
         values.reshape(*tensor.shape[:-1], columns),
-        _read_scales(checkpoint, tensor),
+        _scales(tensor, parts["scales"]),
         tensor.format,
         tensor.shape,
-        _read_tensor_scale(checkpoint, tensor),
+        _tensor_scale(tensor, parts.get("tensor_scale")),
     )
 
 
-def _read_scales(checkpoint: Checkpoint, tensor: LogicalTensor) -> Tensor:
+def _scales(tensor: LogicalTensor, scales: Tensor) -> Tensor:
     assert tensor.format is not None
-    scales = checkpoint.read(tensor.parts["scales"].name)
     if tensor.format.scale_dtype == torch.uint8:
         return scales.view(torch.uint8)
     if tensor.format.scale_dtype == torch.float32:
         scales = scales.float()
     if tensor.format is FP8_ROW:  # one scale for the whole tensor is the same one for each row
-        return scales.reshape(*tensor.shape[:-2], -1, 1).expand(*tensor.shape[:-1], 1)
+        scales = scales.reshape(*tensor.shape[:-2], -1, 1).expand(*tensor.shape[:-1], 1)
+        return scales.contiguous()
     return scales
 
 
-def _read_tensor_scale(checkpoint: Checkpoint, tensor: LogicalTensor) -> Tensor | None:
-    info = tensor.parts.get("tensor_scale")
-    if info is None:
+def _tensor_scale(tensor: LogicalTensor, scale: Tensor | None) -> Tensor | None:
+    if scale is None:
         return None
-    scale = checkpoint.read(info.name).float().reshape(())
+    scale = scale.float().reshape(())
     return 1 / scale if tensor.tensor_scale_divides else scale
 
 

@@ -1,6 +1,6 @@
 """Weights of a planned checkpoint, on the CPU over mapped files or on a GPU through staging.
 
-What comes in is checked on the way: floats must be finite and scale bytes not 255 (NaN).
+What comes in is checked on the way: floats must be finite, E8M0 and E4M3 bytes not NaN.
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from tqdm import tqdm
 
 from loaders.checkpoint import TORCH_DTYPES, Checkpoint
 from loaders.errors import CheckpointError
+from loaders.logical import assembled, logical_tensors
 from loaders.names.table import LoadPlan, NameTable, PlannedWeight, StoredTensor, match_names
 from loaders.staging import Span, copy_spans
+from quant.codecs import decode
 from quant.tensor import QuantTensor
 
 _E8M0_NAN = 255
+_E4M3_NAN = 127  # with either sign
 _CHECK_CHUNK = 1 << 24  # elements checked at once on the CPU
 _BAR_DELAY_S = 1.0  # a small model needs no bar
 
@@ -41,7 +44,7 @@ def load_weights(
     Raises CheckpointError when tensors do not fit the table (before anything is read or allocated),
     or hold NaN or infinity.
     """
-    plan = match_names(checkpoint.tensors, table, dims, num_layers)
+    plan = match_names(logical_tensors(checkpoint), table, dims, num_layers)
     device = torch.device(device)
     load = load_mapped if device.type == "cpu" else load_staged
     with tqdm(
@@ -62,19 +65,25 @@ def load_mapped(
     device: torch.device,
     on_bytes: Callable[[int], object],
 ) -> dict[str, Tensor | QuantTensor]:
-    """Tensors over the mapped files, on the CPU; the check reads every byte but codes once."""
+    """Tensors over the mapped files, on the CPU; the check reads everything but FP4 codes once."""
     weights = {}
     for planned in plan.weights:
         tensors = []
         for part in planned.parts:
             pieces = [checkpoint.read(source.name) for source in part.sources]
-            whole = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-            tensors.append(whole.view(part.shape))
+            tensors.append(_joined(pieces).view(part.shape))
             if any(bool(bad) for bad in _bad_flags(tensors[-1], part.holds)):
                 raise _bad_tensor(tensors[-1], part)
             on_bytes(part.nbytes)
-        weights[planned.name] = _weight(planned, tensors)
+        weights[planned.name] = _weight(planned, iter(tensors))
     return weights
+
+
+def _joined(pieces: list[Tensor]) -> Tensor:
+    """The bytes of tensors of one dtype one after the other; a single one as it is."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([p.view(-1).view(torch.uint8) for p in pieces]).view(pieces[0].dtype)
 
 
 def load_staged(
@@ -97,10 +106,7 @@ def load_staged(
     copy_spans(spans, device=device, on_bytes=on_bytes)
     _check_all(parts, targets)
     filled = iter(targets)
-    return {
-        planned.name: _weight(planned, [next(filled) for _ in planned.parts])
-        for planned in plan.weights
-    }
+    return {planned.name: _rows_in_order(_weight(planned, filled)) for planned in plan.weights}
 
 
 def _spans(checkpoint: Checkpoint, part: StoredTensor, target: Tensor) -> Iterator[Span]:
@@ -113,10 +119,25 @@ def _spans(checkpoint: Checkpoint, part: StoredTensor, target: Tensor) -> Iterat
         position += source.nbytes
 
 
-def _weight(planned: PlannedWeight, tensors: list[Tensor]) -> Tensor | QuantTensor:
-    if planned.format is None:
-        return tensors[0]
-    return QuantTensor(tensors[0], tensors[1], planned.format, planned.shape)
+def _weight(planned: PlannedWeight, filled: Iterator[Tensor]) -> Tensor | QuantTensor:
+    """One weight from its stored tensors, the next ones of `filled`."""
+    made = [
+        assembled(piece.tensor, {part: next(filled) for part in piece.parts})
+        for piece in planned.pieces
+    ]
+    if len(made) == 1:
+        return made[0]
+    decoded = [decode(piece) for piece in made if isinstance(piece, QuantTensor)]
+    return torch.cat(decoded, dim=-2).view(planned.shape)
+
+
+def _rows_in_order(weight: Tensor | QuantTensor) -> Tensor | QuantTensor:
+    """A stack of matrices that lie transposed, put into rows within its own memory."""
+    if isinstance(weight, QuantTensor) or weight.is_contiguous():
+        return weight
+    for matrix in weight:
+        matrix.mT.view(-1).copy_(matrix.reshape(-1))
+    return weight.mT.view(weight.shape)
 
 
 def _check_all(parts: list[StoredTensor], targets: list[Tensor]) -> None:
@@ -134,17 +155,20 @@ def _check_all(parts: list[StoredTensor], targets: list[Tensor]) -> None:
 
 def _bad_flags(tensor: Tensor, holds: str) -> Iterator[Tensor]:
     """Booleans on the tensor's device, one a chunk: whether it holds what it must not."""
-    if holds == "codes":
+    if holds == "bytes":
         return
-    for chunk in tensor.view(-1).split(_CHECK_CHUNK):
+    flat = tensor.view(-1)
+    for chunk in (flat if holds == "floats" else flat.view(torch.uint8)).split(_CHECK_CHUNK):
         if chunk.numel() == 0:
             continue
-        if holds == "e8m0":
-            yield chunk.amax() == _E8M0_NAN
-        else:
+        if holds == "floats":
             # NaN and infinity both show in the extremes, which need no array of booleans.
             low, high = torch.aminmax(chunk)
             yield ~(low.isfinite() & high.isfinite())
+        elif holds == "e8m0":
+            yield chunk.amax() == _E8M0_NAN
+        else:
+            yield (chunk & _E4M3_NAN).amax() == _E4M3_NAN
 
 
 def _bad_tensor(tensor: Tensor, part: StoredTensor) -> CheckpointError:
@@ -155,11 +179,10 @@ def _bad_tensor(tensor: Tensor, part: StoredTensor) -> CheckpointError:
         count = source.nbytes // tensor.element_size()
         values = flat[position : position + count]
         position += count
-        bad = values == _E8M0_NAN if part.holds == "e8m0" else ~values.isfinite()
-        where = bad.nonzero()
+        where = _is_bad(values, part.holds).nonzero()
         if len(where):
             first = int(where[0])
-            found = "scale byte 255 (NaN)" if part.holds == "e8m0" else str(values[first].item())
+            found = _shown(values[first], part.holds)
             index = _unravel(first, source.shape)
             return CheckpointError(
                 f"{source.name}: found {found} at {index} in {source.file}, "
@@ -167,6 +190,19 @@ def _bad_tensor(tensor: Tensor, part: StoredTensor) -> CheckpointError:
                 hint="the weights are damaged: download the file again",
             )
     raise AssertionError(f"no bad value in {part}")
+
+
+def _is_bad(values: Tensor, holds: str) -> Tensor:
+    if holds == "floats":
+        return ~values.isfinite()
+    codes = values.view(torch.uint8)
+    return codes == _E8M0_NAN if holds == "e8m0" else (codes & _E4M3_NAN) == _E4M3_NAN
+
+
+def _shown(value: Tensor, holds: str) -> str:
+    if holds == "e8m0":
+        return "scale byte 255 (NaN)"
+    return "an FP8 NaN" if holds == "e4m3" else str(value.item())
 
 
 def _unravel(flat: int, shape: tuple[int, ...]) -> tuple[int, ...]:

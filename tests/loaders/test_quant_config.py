@@ -1,54 +1,47 @@
-"""The experts' format: tensor names decide, and what we cannot read is named."""
+"""The experts' format: the tensors decide, and what we cannot read is named."""
 
 import pytest
 
 from loaders.errors import CheckpointError, UnsupportedModelError
-from loaders.quant_config import expert_format
-from quant.formats import MXFP4
+from loaders.logical import LogicalTensor
+from loaders.quant_config import check_quantization
+from quant.formats import MXFP4, NVFP4
 
 EXPERTS = "model.layers.0.mlp.experts."
 
 
-@pytest.mark.parametrize(
-    "name", [EXPERTS + "gate_up_proj_blocks", "block.3.mlp.mlp1_weight.blocks"]
-)
-@pytest.mark.parametrize(
-    "config",
-    [{}, {"quantization_config": {"quant_method": "mxfp4"}},
-     {"quantization_config": {"quant_method": "gptq", "bits": 4}}],
-)  # fmt: skip
-def test_blocks_are_mxfp4_whatever_the_config_says(name, config):
+def weight(name, format=None):
+    return LogicalTensor(name, (2, 32, 32), format, "U8" if format else "BF16", {})
+
+
+@pytest.mark.parametrize("name", [EXPERTS + "gate_up_proj", "block.3.mlp.mlp1_weight"])
+@pytest.mark.parametrize("format", [MXFP4, NVFP4])
+def test_what_the_tensors_hold_decides(name, format):
     """A mirror of gpt-oss-20b had quant_method edited to gptq; its tensors were as published."""
-    assert expert_format(config, ["lm_head.weight", name]) is MXFP4
+    config = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    check_quantization(config, [weight("lm_head.weight"), weight(name, format)])
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "compressed-tensors", "modelopt", "fp8"])
+def test_methods_that_are_read(method):
+    check_quantization({"quantization_config": {"quant_method": method}}, [weight("lm_head")])
+    check_quantization({}, [weight(EXPERTS + "7.down_proj.weight")])
 
 
 @pytest.mark.parametrize(
-    ("config", "name", "message"),
+    ("method", "message"),
     [
-        ({}, EXPERTS + "gate_up_proj", "experts without quantization are not supported"),
-        ({}, EXPERTS + "7.down_proj.weight", "experts without quantization are not supported"),
-        ({}, "block.0.mlp.mlp1_weight", "experts without quantization are not supported"),
-        ({}, EXPERTS + "7.up_proj.weight_packed", "compressed-tensors .packed. experts are not"),
-        ({}, EXPERTS + "7.up_proj.qweight", "GPTQ or AWQ experts are not supported"),
-        ({}, EXPERTS + "7.up_proj.weight_scale_inv", "FP8 experts in blocks are not supported"),
-        (
-            {"quantization_config": {"quant_method": "bitsandbytes"}},
-            EXPERTS + "gate_up_proj",
-            "quantization 'bitsandbytes' is not supported",
-        ),
-        (
-            {"quantization_config": {"quant_method": ["fp8"]}},
-            EXPERTS + "gate_up_proj",
-            "quantization .'fp8'. is not supported",
-        ),
+        ("bitsandbytes", "quantization 'bitsandbytes' is not supported"),
+        (["fp8"], "quantization .'fp8'. is not supported"),
     ],
 )
-def test_other_formats_are_named(config, name, message):
+def test_other_methods_are_named(method, message):
+    config = {"quantization_config": {"quant_method": method}}
     with pytest.raises(UnsupportedModelError, match=message) as caught:
-        expert_format(config, [name])
-    assert "experts in MXFP4 as published" in caught.value.hint
+        check_quantization(config, [weight(EXPERTS + "gate_up_proj"), weight("head", MXFP4)])
+    assert "experts in bf16, mxfp4, mxfp8, nvfp4 and fp8" in caught.value.hint
 
 
 def test_a_quantization_config_that_is_no_object():
     with pytest.raises(CheckpointError, match="quantization_config: expected a JSON object, found"):
-        expert_format({"quantization_config": "mxfp4"}, [EXPERTS + "gate_up_proj"])
+        check_quantization({"quantization_config": "mxfp4"}, [weight(EXPERTS + "gate_up_proj")])
