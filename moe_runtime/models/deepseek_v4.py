@@ -60,7 +60,6 @@ class DeepseekV4Reference(ReferenceModel):
 
     def reset(self) -> None:
         """Forget the cached sequence."""
-        c = self.config
         self.caches = [self._empty_cache(ratio) for ratio in self.config.compress_ratios]
         self.length = 0
 

@@ -1,11 +1,13 @@
 """DeepSeek V4: its config from config.json, as published or as transformers writes it.
 
 compress_ratios has an entry a layer, then one for each MTP block: 0 is a window alone, 4 overlaps
-and has an indexer, anything else (128 as published) neither. transformers has layer_types with
-compress_rates in its place, and one rope_parameters for each kind of layer.
+and has an indexer, anything else (128 as published) neither. transformers writes layer_types with
+compress_rates in its place, one rope_parameters for each kind of rope, and other tensor names. The
+format of the experts (expert_dtype) is taken from the files.
 
 D model width, H heads, C head width, R query rank, G output groups, O output rank, P rotary width,
-I index heads, J index width, N streams, E experts, K experts a token, F expert width, V vocabulary.
+Y = H * C / G, I index heads, J index width, N streams, M = N * (N + 2), E experts, K experts a token,
+F expert width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ class DeepseekV4Config(DecoderConfig):
     hyper_eps: float
     window_rope: YarnRope  # of layers with ratio 0
     compressed_rope: YarnRope  # of the others
-    expert_format: str  # "fp4" or "fp8" as published; what the files hold decides
+    vendor_names: bool  # of the tensors; False: those that transformers writes
 
     @property
     def dims(self) -> dict[str, int]:
@@ -72,7 +74,7 @@ class DeepseekV4Config(DecoderConfig):
             "C": self.head_width,
             "2C": 2 * self.head_width,
             "HC": self.num_heads * self.head_width,
-            "HC/G": self.num_heads * self.head_width // self.output_groups,
+            "Y": self.num_heads * self.head_width // self.output_groups,
             "R": self.query_rank,
             "GO": self.output_groups * self.output_rank,
             "I": self.index_heads,
@@ -171,7 +173,7 @@ def read_config(
         hyper_eps=reader.number("hc_eps", maximum=1.0),
         window_rope=window_rope,
         compressed_rope=compressed_rope,
-        expert_format=_read_expert_format(reader),
+        vendor_names=reader.values.get("compress_ratios") is not None,
     )
     _check_sizes(reader, model)
     return model
@@ -227,9 +229,9 @@ def _read_rotary_width(reader: ConfigReader) -> int:
 def _read_ratios(reader: ConfigReader, num_layers: int) -> tuple[int, ...]:
     """The ratio of each layer, from compress_ratios or from layer_types."""
     key = "compress_ratios"
-    if reader.values.get(key) is None:
+    ratios = reader.values.get(key)
+    if ratios is None:
         return _ratios_of_kinds(reader, num_layers)
-    ratios = reader.values[key]
     most = num_layers + _MOST_MTP_BLOCKS
     if not isinstance(ratios, list) or not num_layers <= len(ratios) <= most:
         found = f"{len(ratios)} entries" if isinstance(ratios, list) else ratios
@@ -326,13 +328,3 @@ def _read_rope(
         ),
         truncate=scaling.boolean("truncate", default=True),
     )
-
-
-def _read_expert_format(reader: ConfigReader) -> str:
-    """What expert_dtype says of the experts: "fp4" or "fp8"; "plain" without quantization."""
-    if reader.values.get("quantization_config") is None:
-        return "plain"
-    name = reader.text("expert_dtype", default="fp8")
-    if name not in ("fp4", "fp8"):
-        raise unsupported(f"expert_dtype {shown(name)}", "'fp4' and 'fp8'")
-    return name

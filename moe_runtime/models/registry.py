@@ -11,11 +11,14 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import shown
 from loaders.logical import logical_tensors
+from loaders.names import deepseek_v4 as deepseek_v4_names
 from loaders.names import gpt_oss as gpt_oss_names
 from loaders.names.table import LoadPlan, NameTable, match_names
 from loaders.quant_config import check_quantization
 from moe_runtime.config import DecoderConfig
-from moe_runtime.models import gpt_oss_config
+from moe_runtime.models import deepseek_v4_config, gpt_oss_config
+from moe_runtime.models.deepseek_v4 import DeepseekV4Reference
+from moe_runtime.models.deepseek_v4_config import DeepseekV4Config
 from moe_runtime.models.gpt_oss import GptOssReference
 from moe_runtime.models.reference_model import ReferenceModel
 
@@ -37,6 +40,11 @@ def _always(table: NameTable, config: DecoderConfig) -> NameTable:
     return table
 
 
+def _deepseek_v4_table(config: DeepseekV4Config) -> NameTable:
+    make = deepseek_v4_names.vendor_names if config.vendor_names else deepseek_v4_names.saved_names
+    return make(config.compress_ratios, config.num_hash_layers)
+
+
 MODELS: dict[str, ModelFamily] = {
     "gpt_oss": ModelFamily(
         "gpt_oss",
@@ -44,6 +52,13 @@ MODELS: dict[str, ModelFamily] = {
         gpt_oss_config.read_config,
         {layout: partial(_always, table) for layout, table in gpt_oss_names.TABLES.items()},
         GptOssReference,
+    ),
+    "deepseek_v4": ModelFamily(
+        "deepseek_v4",
+        ("DeepseekV4ForCausalLM",),
+        deepseek_v4_config.read_config,
+        {"huggingface": _deepseek_v4_table},
+        DeepseekV4Reference,
     ),
 }
 _ORIGINAL_LAYOUT = "gpt_oss"  # the one family whose vendor publishes a layout of its own
