@@ -41,3 +41,13 @@ NVFP4 = QuantFormat("nvfp4", torch.uint8, 4, (1, 16), torch.float8_e4m3fn, 6.0, 
 FORMATS: dict[str, QuantFormat] = {
     f.name: f for f in (BF16, MXFP4, MXFP8, NVFP4, FP8_BLOCK128, FP8_BLOCK128_E8M0, FP8_ROW)
 }
+
+# What `--to` calls the formats that a checkpoint can be converted to.
+TARGETS: dict[str, QuantFormat] = {
+    "mxfp4": MXFP4,
+    "nvfp4": NVFP4,
+    "mxfp8": MXFP8,
+    "fp8-block": FP8_BLOCK128,
+    "fp8-channel": FP8_ROW,
+    "bf16": BF16,
+}

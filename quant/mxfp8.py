@@ -5,10 +5,11 @@ w[r, 32 g + i] = E4M3(values[r, 32 g + i]) * 2^(scales[r, g] - 127)
 
 from torch import Tensor
 
-from quant.e8m0 import decode_e8m0, scale_bytes_for
+from quant import e8m0
+from quant.blocks import block_maxima, encode_in_rows, signed_codes
+from quant.e4m3 import E4M3_MAX, decode_e4m3
 from quant.formats import MXFP8
-from quant.fp8 import E4M3_MAX, round_to_e4m3
-from quant.require import require_encodable
+from quant.minifloat import E4M3
 from quant.tensor import QuantTensor
 
 GROUP = 32
@@ -17,19 +18,27 @@ GROUP = 32
 def decode(tensor: QuantTensor) -> Tensor:
     """fp32 weights [..., rows, columns], exact."""
     assert tensor.scales is not None
-    values = tensor.values.float().unflatten(-1, (-1, GROUP))
-    return (values * decode_e8m0(tensor.scales)[..., None]).flatten(-2)
+    values = decode_e4m3(tensor.values).unflatten(-1, (-1, GROUP))
+    return values.mul_(e8m0.decode_e8m0(tensor.scales)[..., None]).flatten(-2)
 
 
-def encode(weight: Tensor, rule: str = "even") -> QuantTensor:
-    """Encode fp32 [..., rows, columns] (columns a multiple of 32) as MXFP8.
+def encode(
+    weight: Tensor, scale_rule: str = "even", scale_search: str | None = None
+) -> QuantTensor:
+    """Encode [..., rows, columns] (columns a multiple of 32) as MXFP8.
 
-    rule: "floor", "even" or "rceil", see quant/e8m0.py
+    scale_rule:   "floor", "even" or "rceil", see quant/e8m0.py
+    scale_search: "mse" takes the best of the rule's power of two and its two neighbours
     Raises ValueError for a non-finite weight, an unknown rule or an odd width.
     """
-    require_encodable(weight, MXFP8, GROUP)
-    groups = weight.float().unflatten(-1, (-1, GROUP))
-    amax = groups.abs().amax(-1)
-    scale_bytes = scale_bytes_for(amax, rule, largest=E4M3_MAX, mantissa_bits=3)
-    codes = round_to_e4m3(groups / decode_e8m0(scale_bytes)[..., None])
-    return QuantTensor(codes.flatten(-2), scale_bytes, MXFP8, tuple(weight.shape))
+
+    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+        groups = magnitudes.unflatten(-1, (-1, GROUP))
+        amax = block_maxima(magnitudes, GROUP)
+        scale_bytes = e8m0.scale_bytes_for(amax, scale_rule, largest=E4M3_MAX, mantissa_bits=3)
+        if scale_search:
+            scale_bytes = e8m0.best_of_neighbours(groups, scale_bytes, E4M3, scale_search)
+        scales = e8m0.decode_e8m0(scale_bytes)[..., None]
+        return signed_codes(values, groups, scales, E4M3), scale_bytes
+
+    return encode_in_rows(weight, MXFP8, encode_rows)

@@ -60,7 +60,7 @@ def published_tensors(model: DemoModel, scale_rule: str) -> dict[str, Tensor]:
         tensors[prefix + _EXPERTS + "gate_up_proj_bias"] = bias.bfloat16()
         gate_up_E2FD = layer.gate_up.permute(1, 2, 0, 3).flatten(1, 2)
         for name, weight in (("gate_up_proj", gate_up_E2FD), ("down_proj", layer.down)):
-            packed = mxfp4.encode(weight.float(), rule=scale_rule)
+            packed = mxfp4.encode(weight.float(), scale_rule)
             groups = weight.shape[-1] // mxfp4.GROUP
             stem = prefix + _EXPERTS + name
             tensors[stem + "_blocks"] = packed.values.view(*weight.shape[:2], groups, 16)
@@ -126,7 +126,7 @@ def scale_rule_errors(model: DemoModel) -> dict[str, float]:
     power = sum(w.square().sum().item() for w in weights)
     return {
         rule: sum(
-            (mxfp4.decode(mxfp4.encode(w, rule=rule)) - w).square().sum().item() for w in weights
+            (mxfp4.decode(mxfp4.encode(w, rule)) - w).square().sum().item() for w in weights
         )
         / power
         for rule in SCALE_RULES
