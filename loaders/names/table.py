@@ -1,4 +1,4 @@
-"""Name tables: which tensors of a checkpoint make up each of our weights, as data; and their matching.
+"""Name tables: which tensors of a checkpoint make up each of our weights, and their matching.
 
 Names are those of an unquantized checkpoint (see loaders/logical.py), so one table serves every
 number format. A shape is written in the letters of a model's dims: "E 2F D". `{i}` is the layer,
@@ -129,7 +129,7 @@ def matrix(name: str, shape: str) -> WeightSpec:
 
 
 def rows(*sources: tuple[str, str]) -> WeightSpec:
-    """A weight whose rows are in several tensors, of any format: (name, shape) of each, in order."""
+    """A weight whose rows are in several tensors, in order, of any format: (name, shape) of each."""
     return WeightSpec(tuple(Source(name, shape) for name, shape in sources), "", any_format=True)
 
 
