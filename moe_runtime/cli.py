@@ -29,6 +29,7 @@ VERBS = {
     "generate": "Continue a prompt and print the text as it comes.",
     "chat": "Talk with a model in the terminal.",
     "inspect": "Show what a checkpoint holds, from its headers alone.",
+    "plan": "Say what a model takes and how fast it would be, before any download.",
     "doctor": "Show what this machine has and what runs on it.",
     "bench": "Measure time to first token and decode speed.",
 }

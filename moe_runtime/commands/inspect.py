@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe_runtime.bundled import BUNDLED
 from moe_runtime.commands.common import (
     json_option,
     model_argument,
@@ -14,9 +13,9 @@ from moe_runtime.commands.common import (
     revision_option,
     verb,
 )
+from moe_runtime.commands.headers import open_headers
 
 if TYPE_CHECKING:
-    from loaders.checkpoint import Checkpoint
     from loaders.safetensors_header import TensorInfo
     from moe_runtime.inspection import Inspection
 
@@ -44,7 +43,7 @@ def command(model: str, revision: str | None, list_tensors: bool, as_json: bool)
     # Slow import: torch.
     from moe_runtime.inspection import inspect_checkpoint
 
-    with _open(model, revision) as checkpoint:
+    with open_headers(model, revision) as checkpoint:
         found = inspect_checkpoint(checkpoint)
         tensors = list(checkpoint.tensors.values()) if list_tensors else []
     if as_json:
@@ -82,16 +81,6 @@ def describe(found: Inspection) -> list[str]:
             f"the cache grows by {found.cache_bytes_per_token} bytes a token"
         )
     return lines
-
-
-def _open(model: str, revision: str | None) -> Checkpoint:
-    # Slow imports: torch and huggingface_hub.
-    from loaders.checkpoint import open_folder
-    from loaders.hub import local_folder
-    from loaders.hub_headers import remote_headers
-
-    folder = local_folder(model, revision=revision, bundled=BUNDLED)
-    return remote_headers(model, revision) if folder is None else open_folder(folder)
 
 
 def _words(sizes: dict[str, int]) -> list[tuple[str, int]]:

@@ -1,0 +1,109 @@
+"""Which part of a model a tensor belongs to, by what names have in common across families."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from loaders.logical import LogicalTensor
+
+# The first pattern found in a name decides. "hash tables" map token ids to experts (DeepSeek V4).
+PATTERNS: tuple[tuple[str, str], ...] = (
+    ("mtp", r"(^|\.)mtp\.|nextn_predict"),
+    ("vision", r"(^|\.)(visual|vision|vision_tower|vision_model|audio_tower|mm_projector)\."
+               r"|multi_modal_projector"),
+    ("hash tables", r"tid2eid"),
+    ("shared experts", r"shared_expert|shared_mlp"),
+    ("router", r"router|\.gate\.|(mlp|ffn|moe)\.gate$|\.gate\.weight|e_score_correction_bias"
+               r"|moe_statics"),
+    ("experts", r"experts[._]|mlp\.mlp[12]_|block_sparse_moe\.(input|output)_linear"),
+    ("indexer", r"indexer\."),
+    ("compressor", r"compressor\."),
+    ("hyper-connections", r"(^|\.)hc_|(attn|ffn)_hc\."),
+    ("norms", r"norm"),
+    ("head", r"lm_head|unembedding|^head\."),
+    ("embedding", r"embed"),
+    ("attention", r"attn|attention"),
+    ("mlp", r"mlp|feed_forward|ffn"),
+    ("other", r""),
+)  # fmt: skip
+ORDER = (
+    *("embedding", "attention", "indexer", "compressor", "hyper-connections", "router"),
+    *("hash tables", "experts", "shared experts", "mlp", "norms", "head", "other", "mtp", "vision"),
+)
+NOT_LOADED = ("mtp", "vision")  # decoding text needs neither
+_LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+_EXPERT = re.compile(r"experts\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Component:
+    """The tensors of one part of the model."""
+
+    name: str
+    tensors: int
+    parameters: int  # numbers that the tensors stand for, scales not counted
+    nbytes: int
+    formats: dict[str, int]  # bytes by stored format, most first
+
+
+def component_of_tensor(name: str, num_layers: int) -> str:
+    """A component of ORDER; layers beyond num_layers are drafts for speculation (MTP)."""
+    layer = layer_of(name)
+    if layer is not None and layer >= num_layers:
+        return "mtp"
+    return _by_pattern(re.sub(r"\d+", "0", name))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer's number in a tensor's name; None outside the layers."""
+    found = _LAYER.search(name)
+    return int(found[1]) if found else None
+
+
+def expert_of(name: str) -> int | None:
+    """The expert's number in a tensor's name; None where experts are stacked."""
+    found = _EXPERT.search(name)
+    return int(found[1]) if found else None
+
+
+def by_component(
+    tensors: Iterable[LogicalTensor], num_layers: int
+) -> dict[str, list[LogicalTensor]]:
+    """Tensors of each component that the model has, in ORDER."""
+    groups: dict[str, list[LogicalTensor]] = {name: [] for name in ORDER}
+    for tensor in tensors:
+        groups[component_of_tensor(tensor.name, num_layers)].append(tensor)
+    return {name: group for name, group in groups.items() if group}
+
+
+def summed_up(groups: Mapping[str, list[LogicalTensor]]) -> tuple[Component, ...]:
+    """One row a component."""
+    return tuple(_component(name, group) for name, group in groups.items())
+
+
+def format_name(tensor: LogicalTensor) -> str:
+    """The stored format of a tensor: "mxfp4", "fp8_block128", or its dtype as "bf16"."""
+    return tensor.format.name if tensor.format else tensor.dtype.lower()
+
+
+def _component(name: str, group: list[LogicalTensor]) -> Component:
+    formats: Counter[str] = Counter()
+    for tensor in group:
+        formats[format_name(tensor)] += tensor.nbytes
+    return Component(
+        name,
+        tensors=len(group),
+        parameters=sum(math.prod(tensor.shape) for tensor in group),
+        nbytes=sum(formats.values()),
+        formats=dict(formats.most_common()),
+    )
+
+
+@cache  # names differ in numbers mostly: a few dozen are left without them
+def _by_pattern(name: str) -> str:
+    return next(what for what, pattern in PATTERNS if re.search(pattern, name))
