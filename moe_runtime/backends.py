@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -17,7 +18,7 @@ from moe_runtime.config import DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
-from moe_runtime.plan import MemoryPlan, fit, weights_by_component
+from moe_runtime.plan import MemoryPlan, fit, formats_by_component, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
@@ -59,6 +60,8 @@ def create_backend(
         raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
     weight_bytes = weights_by_component(opened.plan.nbytes)
     target, plan = _place(config, weight_bytes, device, backend, max_context, progress)
+    formats = {w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights}
+    plan = replace(plan, formats=formats_by_component(formats, opened.plan.nbytes))
     name = backend
     if name == "auto":
         kernels = target.type == "cuda" and has_kernels(config.family)

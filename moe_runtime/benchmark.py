@@ -120,7 +120,7 @@ def run_bench(
         return BenchReport(
             gpu=device_name(model.device),
             backend=model.backend,
-            formats="dense=bf16 experts=mxfp4",
+            formats=model.plan.format_label,
             read_gbps=bandwidth.gbps,
             measurements=found,
         )

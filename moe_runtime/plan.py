@@ -5,8 +5,9 @@ The runtime allocates from these figures and the reports print them, so they can
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from moe_runtime.config import CachePart, DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
@@ -60,6 +61,14 @@ def weights_by_component(nbytes: Mapping[str, int]) -> dict[str, int]:
     return {component: size for component, size in totals.items() if size}
 
 
+def formats_by_component(formats: Mapping[str, str], nbytes: Mapping[str, int]) -> dict[str, str]:
+    """The format of most bytes of each component, from format and bytes of each weight."""
+    totals: dict[str, Counter[str]] = {}
+    for name, size in nbytes.items():
+        totals.setdefault(component_of(name), Counter())[formats[name]] += size
+    return {component: sizes.most_common(1)[0][0] for component, sizes in totals.items()}
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on the device for one model and one context."""
@@ -68,6 +77,7 @@ class MemoryPlan:
     weight_bytes: dict[str, int]  # of the whole model, by component
     max_context: int
     world_size: int = 1  # devices that share heads and experts, see check_world_size
+    formats: Mapping[str, str] = field(default_factory=dict)  # of weights as loaded, by component
 
     @property
     def total_weight_bytes(self) -> int:
@@ -76,6 +86,13 @@ class MemoryPlan:
             -(-size // self.world_size) if component in _DIVIDED else size
             for component, size in self.weight_bytes.items()
         )
+
+    @property
+    def format_label(self) -> str:
+        """The weights' formats in short, as dense=bf16 experts=mxfp4."""
+        dense, head = (self.formats.get(name, "unknown") for name in ("attention", "head"))
+        of_head = "" if head == dense else f" head={head}"
+        return f"dense={dense}{of_head} experts={self.formats.get('experts', 'none')}"
 
     @property
     def cache_bytes(self) -> int:

@@ -16,7 +16,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ("mtp", r"(^|\.)mtp\.|nextn_predict"),
     ("vision", r"(^|\.)(visual|vision|vision_tower|vision_model|audio_tower|mm_projector)\."
                r"|multi_modal_projector"),
-    ("hash tables", r"tid2eid"),
+    ("hash tables", r"tid\deid"),
     ("shared experts", r"shared_expert|shared_mlp"),
     ("router", r"router|\.gate\.|(mlp|ffn|moe)\.gate$|\.gate\.weight|e_score_correction_bias"
                r"|moe_statics"),

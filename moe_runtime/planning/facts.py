@@ -206,9 +206,7 @@ def _attention(facts: _Facts, layers: int, width: int) -> _Attention:
     return _in_heads(facts, layers, heads, kv_heads, facts.known("head_width") or width // heads)
 
 
-def _in_heads(
-    facts: _Facts, layers: int, heads: int, kv_heads: int, head_width: int
-) -> _Attention:
+def _in_heads(facts: _Facts, layers: int, heads: int, kv_heads: int, head_width: int) -> _Attention:
     """Keys and values of each layer, sliding ones within their window; linear ones keep a state."""
     row_bytes = 2 * kv_heads * head_width * CACHE_ITEM_BYTES
     kinds = _layer_kinds(facts, layers)

@@ -187,9 +187,7 @@ def _contexts(variant: Variant, machine: Machine, wanted: int) -> tuple[ContextR
         total = variant.total_bytes(context)
         cache = total - plan.total_bytes + plan.cache_bytes
         fits, speed = total <= machine.memory_bytes, predict(read, machine)
-        rows.append(
-            ContextRow(context, cache, plan.workspace_bytes, total, read, fits, speed)
-        )
+        rows.append(ContextRow(context, cache, plan.workspace_bytes, total, read, fits, speed))
     return tuple(rows)
 
 

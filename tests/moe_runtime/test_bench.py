@@ -35,6 +35,7 @@ def test_json_and_csv(folder, tmp_path, capsys):
     speeds = [found[f"decode_tokens_per_s{end}", 9] for end in ("_min", "", "_max")]
     assert speeds == sorted(speeds) and all(abs(speed) < 1e5 for speed in speeds)
     assert [float(row["value"]) for row in rows] == pytest.approx(list(found.values()), rel=1e-4)
+    assert {row["formats"] for row in rows} == {"dense=bf16 experts=mxfp4"}
     assert {row["runtime"] for row in rows} == {"moe_runtime 1.0.0"}
 
 
