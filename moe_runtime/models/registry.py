@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -11,14 +11,21 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import shown
 from loaders.logical import logical_tensors
+from loaders.names import deepseek_v2 as deepseek_v2_names
+from loaders.names import deepseek_v3 as deepseek_v3_names
 from loaders.names import deepseek_v4 as deepseek_v4_names
+from loaders.names import deepseek_v32 as deepseek_v32_names
 from loaders.names import gpt_oss as gpt_oss_names
 from loaders.names.table import LoadPlan, NameTable, match_names
 from loaders.quant_config import check_quantization
 from moe_runtime.config import DecoderConfig
-from moe_runtime.models import deepseek_v4_config, gpt_oss_config
+from moe_runtime.models import deepseek_config, deepseek_v4_config, gpt_oss_config
+from moe_runtime.models.deepseek_config import DeepseekConfig
+from moe_runtime.models.deepseek_v2 import DeepseekV2Reference
+from moe_runtime.models.deepseek_v3 import DeepseekV3Reference
 from moe_runtime.models.deepseek_v4 import DeepseekV4Reference
 from moe_runtime.models.deepseek_v4_config import DeepseekV4Config
+from moe_runtime.models.deepseek_v32 import DeepseekV32Reference
 from moe_runtime.models.gpt_oss import GptOssReference
 from moe_runtime.models.reference_model import ReferenceModel
 
@@ -40,11 +47,27 @@ def _always(table: NameTable, config: DecoderConfig) -> NameTable:
     return table
 
 
+def _deepseek_table(make: Callable[..., NameTable], config: DeepseekConfig) -> NameTable:
+    return make(
+        num_layers=config.num_layers,
+        num_dense_layers=config.num_dense_layers,
+        has_query_rank=config.query_rank is not None,
+        num_mtp_layers=config.num_mtp_layers,
+    )
+
+
 def _deepseek_v4_table(config: DeepseekV4Config) -> NameTable:
     make = deepseek_v4_names.vendor_names if config.vendor_names else deepseek_v4_names.saved_names
     return make(config.compress_ratios, config.num_hash_layers)
 
 
+_DEEPSEEK_V3 = ModelFamily(
+    "deepseek_v3",
+    ("DeepseekV3ForCausalLM",),
+    deepseek_config.read_v3,
+    {"huggingface": partial(_deepseek_table, deepseek_v3_names.name_table)},
+    DeepseekV3Reference,
+)
 MODELS: dict[str, ModelFamily] = {
     "gpt_oss": ModelFamily(
         "gpt_oss",
@@ -52,6 +75,22 @@ MODELS: dict[str, ModelFamily] = {
         gpt_oss_config.read_config,
         {layout: partial(_always, table) for layout, table in gpt_oss_names.TABLES.items()},
         GptOssReference,
+    ),
+    "deepseek_v2": ModelFamily(
+        "deepseek_v2",
+        ("DeepseekV2ForCausalLM",),
+        deepseek_config.read_v2,
+        {"huggingface": partial(_deepseek_table, deepseek_v2_names.name_table)},
+        DeepseekV2Reference,
+    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "kimi_k2": replace(_DEEPSEEK_V3, model_type="kimi_k2"),
+    "deepseek_v32": ModelFamily(
+        "deepseek_v32",
+        ("DeepseekV32ForCausalLM",),
+        deepseek_config.read_v32,
+        {"huggingface": partial(_deepseek_table, deepseek_v32_names.name_table)},
+        DeepseekV32Reference,
     ),
     "deepseek_v4": ModelFamily(
         "deepseek_v4",
