@@ -46,7 +46,7 @@ SMALL_FILES = (
     "original/config.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
-_LARGEST_HTTP_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # the hub serves larger ones by Xet only
+LARGEST_HTTP_FILE = constants.MAX_HTTP_DOWNLOAD_SIZE  # the hub serves larger ones by Xet only
 _NONE_BUNDLED: Mapping[str, Path] = MappingProxyType({})
 
 
@@ -244,7 +244,7 @@ def _blob_downloads(repo: HubRepo, names: list[str]) -> list[BlobDownload]:
     for name in names:
         file = repo.files[name]
         cached = isinstance(try_to_load_from_cache(repo.repo_id, name, revision=repo.commit), str)
-        if cached or file.sha256 is None or file.size > _LARGEST_HTTP_FILE:
+        if cached or file.sha256 is None or file.size > LARGEST_HTTP_FILE:
             continue
         blob = cache / folder / "blobs" / file.sha256
         lock = cache / ".locks" / folder / f"{file.sha256}.lock"

@@ -30,6 +30,7 @@ VERBS = {
     "chat": "Talk with a model in the terminal.",
     "inspect": "Show what a checkpoint holds, from its headers alone.",
     "plan": "Say what a model takes and how fast it would be, before any download.",
+    "convert": "Write a checkpoint in FP8 or FP4, from bf16 or FP8, tensor by tensor.",
     "doctor": "Show what this machine has and what runs on it.",
     "bench": "Measure time to first token and decode speed.",
 }

@@ -1,0 +1,246 @@
+"""`moe-runtime convert`: a checkpoint in another number format, with every tensor accounted for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe_runtime.commands.common import (
+    json_option,
+    model_argument,
+    print_json,
+    revision_option,
+    verb,
+)
+from moe_runtime.conversion.errors import REFUSALS
+from moe_runtime.conversion.options import (
+    DENSE,
+    LAYOUTS,
+    SCALE_RULES,
+    SCALE_SEARCHES,
+    TARGETS,
+    ConversionOptions,
+    parse_size,
+)
+
+if TYPE_CHECKING:
+    from moe_runtime.conversion.planning import ConversionPlan
+    from moe_runtime.conversion.source import Source
+
+
+@verb(
+    "convert",
+    examples="""
+    moe-runtime convert Qwen/Qwen3-30B-A3B --to mxfp4 --output ./qwen3-mxfp4
+    moe-runtime convert deepseek-ai/DeepSeek-V3 --to nvfp4 --output /data/v3 --dry-run
+    moe-runtime convert ./finetuned --to fp8-block --dense fp8-block --output ./finetuned-fp8
+    moe-runtime convert ./mine --to mxfp4 --keep 'layers.0.' --output ./mine-mxfp4
+    """,
+)
+@model_argument
+@click.option("--to", "target", required=True, type=click.Choice(TARGETS), help="Format.")
+@click.option("--output", required=True, type=click.Path(path_type=Path), help="A new folder.")
+@revision_option
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    help="compressed-tensors for all families but GPT-OSS, whose own form is native; native "
+    "fp8-block is DeepSeek's form.",
+)
+@click.option(
+    "--scale-rule",
+    type=click.Choice(SCALE_RULES),
+    default="even",
+    show_default=True,
+    help="How mxfp4 and mxfp8 choose the power of two of a block.",
+)
+@click.option(
+    "--scale-search",
+    type=click.Choice(SCALE_SEARCHES),
+    default="none",
+    show_default=True,
+    help="mse tries neighbouring scales and keeps the best; mxfp4, mxfp8 and nvfp4.",
+)
+@click.option(
+    "--power-of-two-scales", is_flag=True, help="fp8-block with scales that are powers of two."
+)
+@click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Weights that stay as they are: part of a name, or a glob. May be given again.",
+)
+@click.option(
+    "--dense",
+    type=click.Choice(DENSE),
+    default="keep",
+    show_default=True,
+    help="Attention, dense MLP and shared experts.",
+)
+@click.option(
+    "--shard-size", default="5GB", show_default=True, metavar="SIZE", help="Of an output file."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--allow",
+    multiple=True,
+    type=click.Choice(tuple(REFUSALS)),
+    help="Go on in spite of a refusal; the refusal says its name. May be given again.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what would be done; nothing is written.")
+@click.option("--no-resume", is_flag=True, help="Drop what an interrupted conversion left.")
+@click.option("--overwrite", is_flag=True, help="Replace the checkpoint in the output folder.")
+@json_option
+def command(
+    model: str,
+    target: str,
+    output: Path,
+    revision: str | None,
+    layout: str | None,
+    scale_rule: str,
+    scale_search: str,
+    power_of_two_scales: bool,
+    keep: tuple[str, ...],
+    dense: str,
+    shard_size: str,
+    device: str,
+    allow: tuple[str, ...],
+    dry_run: bool,
+    no_resume: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> int:
+    """Convert the experts of MODEL to an FP8 or FP4 format, or all of it to bf16.
+
+    Router, norms, embeddings, head, indexer, biases and multi-token prediction stay as they are.
+    Works from tensor names and shapes, so families that this version cannot run convert too. Reads
+    bf16, fp16, fp32, FP8 and FP4 of DeepSeek, compressed-tensors and ModelOpt, and GPT-OSS.
+
+    Writes compressed-tensors, which vLLM, SGLang and transformers open. GPT-OSS keeps its own form:
+    mxfp4 and bf16 open everywhere, its other formats in moe-runtime alone.
+
+    Nothing is written into the output folder before the result is whole. The same command goes on
+    after an interruption, also after kill -9, and comes to the same bytes.
+    """
+    # Slow imports: torch.
+    from moe_runtime.conversion.convert import DOWNLOADS, convert
+    from moe_runtime.conversion.folders import partial_folder
+    from moe_runtime.conversion.planning import plan_conversion
+    from moe_runtime.conversion.source import open_source
+
+    try:
+        shard_bytes = parse_size(shard_size)
+        options = ConversionOptions(
+            target,
+            layout,
+            scale_rule,
+            scale_search,
+            power_of_two_scales,
+            keep,
+            dense,
+            shard_bytes,
+            frozenset(allow),
+        )
+    except ValueError as error:
+        raise click.UsageError(str(error), click.get_current_context()) from error
+    if dry_run:
+        source = open_source(model, revision, partial_folder(output) / DOWNLOADS)
+        found = plan_facts(plan_conversion(source.checkpoint, options), source)
+        _print(found, f"would write {output}", as_json)
+        return 0
+    report = convert(
+        model,
+        output,
+        options,
+        revision=revision,
+        device=_device(device),
+        resume=not no_resume,
+        overwrite=overwrite,
+    )
+    _print(report_facts(report), f"wrote {output}", as_json)
+    return 0
+
+
+def plan_facts(plan: ConversionPlan, source: Source) -> dict[str, Any]:
+    """What --dry-run tells."""
+    # Slow import: torch.
+    from moe_runtime.conversion.convert import disk_bytes, memory_bytes
+    from moe_runtime.conversion.records import plan_records
+    from moe_runtime.conversion.report import summarize
+
+    report = summarize(plan_records(plan), {})
+    return {
+        **report_facts(report),
+        "layout": plan.layout,
+        "shards": len(plan.shards),
+        "disk_bytes": disk_bytes(plan, source),
+        "memory_bytes": memory_bytes(plan, _num_threads()),
+    }
+
+
+def report_facts(report: dict[str, Any]) -> dict[str, Any]:
+    """Of a report what is worth a few lines."""
+    reasons: dict[str, int] = {}
+    for tensor in report["tensors"]:
+        if tensor["action"] == "skipped":
+            reasons[tensor["reason"]] = reasons.get(tensor["reason"], 0) + 1
+    components = [
+        {
+            "component": part["component"],
+            **{key: part[key] for key in ("converted", "copied", "skipped", "bytes", "formats")},
+            "source_bytes": part["source_bytes"],
+            "sqnr_db": part["quality"]["sqnr_db"] if part["quality"] else None,
+        }
+        for part in report["components"]
+    ]
+    totals = report["totals"]
+    return {
+        "components": components,
+        "source_bytes": totals["source_bytes"],
+        "bytes": totals["bytes"],
+        "skipped": reasons,
+    }
+
+
+def _print(facts: dict[str, Any], headline: str, as_json: bool) -> None:
+    if as_json:
+        print_json(facts)
+        return
+    lines = [headline, f"  {'':18}{'converted':>10}{'copied':>8}{'bytes':>12}  formats"]
+    for part in facts["components"]:
+        sqnr = f", SQNR {part['sqnr_db']:.2f} dB" if part["sqnr_db"] is not None else ""
+        formats = ", ".join(part["formats"]) + sqnr
+        lines.append(
+            f"  {part['component']:18}{part['converted']:>10}{part['copied']:>8}"
+            f"{_gigabytes(part['bytes']):>12}  {formats}"
+        )
+    lines.append(f"  {_gigabytes(facts['source_bytes'])} become {_gigabytes(facts['bytes'])}")
+    lines += [f"  {count} skipped: {why}" for why, count in facts["skipped"].items()]
+    if "disk_bytes" in facts:
+        lines.append(
+            f"  {facts['shards']} files; needs {_gigabytes(facts['disk_bytes'])} of disk and up to "
+            f"{_gigabytes(facts['memory_bytes'])} of memory"
+        )
+    click.echo("\n".join(lines))
+
+
+def _gigabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
+
+
+def _num_threads() -> int:
+    # Slow import: torch.
+    import torch
+
+    return torch.get_num_threads()
+
+
+def _device(name: str) -> str:
+    # Slow import: torch.
+    import torch
+
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"

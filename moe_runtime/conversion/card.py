@@ -1,0 +1,86 @@
+"""The model card of a conversion: where it comes from, what was done, and the measured errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from loaders.files import CheckpointFiles
+from moe_runtime.conversion.layouts import COMPRESSED_TENSORS, DEEPSEEK
+from moe_runtime.conversion.planning import ConversionPlan
+
+_LICENCE = re.compile(r"^(license|license_name|license_link): *(.+)$", re.MULTILINE)
+_FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
+_OPENED_BY = {
+    COMPRESSED_TENSORS: "vLLM, SGLang and transformers (with compressed-tensors)",
+    DEEPSEEK: "vLLM, SGLang and transformers, as FP8 checkpoints of DeepSeek and Qwen are",
+}
+
+
+def model_card(
+    plan: ConversionPlan,
+    report: Mapping[str, Any],
+    files: CheckpointFiles,
+    *,
+    source: str,
+    hub_id: str | None,
+    revision: str | None,
+) -> str:
+    """README.md of the result.
+
+    report: what conversion_report.json holds
+    """
+    lines = ["---", *_front_matter(plan, files, hub_id), "---", ""]
+    lines += [f"# {source.rpartition('/')[2]}, {plan.options.target}", ""]
+    at = f" at {revision}" if revision else ""
+    lines += [
+        f"Converted from {hub_id or source}{at} by `moe-runtime convert --to "
+        f"{plan.options.target}`. {_opened_by(plan)}",
+        "",
+        "| component | tensors | formats | bytes | SQNR dB | largest error |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_row(component) for component in report["components"]]
+    lines += [
+        "",
+        "SQNR is the ratio of the source weights' energy to that of the error, over the converted "
+        "weights of a component. Figures of every tensor, copied and skipped ones with the reason, "
+        "are in `conversion_report.json` and `conversion_report.html`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _front_matter(plan: ConversionPlan, files: CheckpointFiles, hub_id: str | None) -> list[str]:
+    lines = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
+    raw = files.text("README.md") if "README.md" in files.names() else None
+    matter = _FRONT_MATTER.search(raw.decode("utf-8", "replace")) if raw else None
+    if matter:
+        lines += [f"{key}: {value.strip()}" for key, value in _LICENCE.findall(matter[1])]
+    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    tags = [plan.options.target, "moe", "moe-runtime"]
+    tags += ["compressed-tensors"] if plan.layout == COMPRESSED_TENSORS else []
+    return lines + [f"- {tag}" for tag in tags]
+
+
+def _opened_by(plan: ConversionPlan) -> str:
+    if plan.options.target == "bf16":
+        return "Opened by whatever opens the unquantized model."
+    if plan.layout in _OPENED_BY:
+        return f"Opened by {_OPENED_BY[plan.layout]}."
+    if plan.options.target == "mxfp4":
+        return "Opened by whatever opens GPT-OSS as published."
+    return "Opened by moe-runtime alone: GPT-OSS has no form in this format that others read."
+
+
+def _row(component: Mapping[str, Any]) -> str:
+    quality = component["quality"]
+    count = component["converted"] + component["copied"]
+    sqnr = error = "-"
+    if quality is not None:
+        sqnr = "exact" if quality["sqnr_db"] is None else f"{quality['sqnr_db']:.2f}"
+        error = f"{quality['max_abs_error']:.3g}"
+    formats = ", ".join(component["formats"])
+    name = component["component"]
+    return f"| {name} | {count} | {formats} | {component['bytes']} | {sqnr} | {error} |"

@@ -1,0 +1,87 @@
+"""Whether a source is whole: layers, experts and routers, counted from names before any is read.
+
+Tools have dropped layers, heads and experts and left an index that agreed with itself.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loaders.json_text import listed
+from loaders.logical import LogicalTensor
+from moe_runtime.conversion.errors import refused
+from moe_runtime.conversion.options import ConversionOptions
+from moe_runtime.conversion.roles import EXPERTS, expert_of, layer_of, num_experts, num_layers
+
+
+def check_inventory(
+    weights: Sequence[LogicalTensor],
+    roles: Mapping[str, str],
+    config: Mapping[str, Any],
+    options: ConversionOptions,
+) -> None:
+    """Raise ConversionError for missing layers or experts and for routers that are not there."""
+    if "missing-tensors" not in options.allow:
+        _check_layers(weights, config)
+        _check_experts(weights, roles, config)
+    if "router" not in options.allow:
+        _check_routers(weights, roles)
+
+
+def _check_layers(weights: Sequence[LogicalTensor], config: Mapping[str, Any]) -> None:
+    promised = num_layers(config)
+    found = {layer for weight in weights if (layer := layer_of(weight.name)) is not None}
+    missing = sorted(set(range(promised or 0)) - found)
+    if missing:
+        raise refused(
+            "missing-tensors",
+            f"config.json promises {promised} layers, and layer {listed(list(map(str, missing)))} "
+            "has no tensor",
+        )
+
+
+def _check_experts(
+    weights: Sequence[LogicalTensor], roles: Mapping[str, str], config: Mapping[str, Any]
+) -> None:
+    promised = num_experts(config)
+    experts: dict[str, dict[str, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for weight in weights:
+        parsed = expert_of(weight.name)
+        if roles[weight.name] != EXPERTS:
+            continue
+        if parsed is not None:
+            experts[parsed[0]][parsed[2]].add(parsed[1])
+        elif promised is not None and len(weight.shape) == 3 and weight.shape[0] != promised:
+            raise refused(
+                "missing-tensors",
+                f"{weight.name}: config.json promises {promised} experts, its shape is "
+                f"{weight.shape}",
+            )
+    for prefix, by_matrix in experts.items():
+        everyone = set(range(promised)) if promised else set().union(*by_matrix.values())
+        for matrix, present in by_matrix.items():
+            absent = sorted(everyone - present)
+            if absent:
+                raise refused(
+                    "missing-tensors",
+                    f"{prefix}: {len(absent)} of {len(everyone)} experts have no {matrix}: "
+                    f"{listed(list(map(str, absent)))}",
+                )
+
+
+def _check_routers(weights: Sequence[LogicalTensor], roles: Mapping[str, str]) -> None:
+    with_experts = {layer_of(w.name) for w in weights if roles[w.name] == EXPERTS}
+    routers = [weight for weight in weights if roles[weight.name] == "router"]
+    for router in routers:
+        if router.format is not None:
+            raise refused(
+                "router", f"{router.name}: a router in {router.format.name}, which loses precision"
+            )
+    alone = sorted(with_experts - {layer_of(w.name) for w in routers}, key=str)
+    if alone:
+        raise refused(
+            "router",
+            f"no router was found in layer {listed(list(map(str, alone)))}, which has experts",
+        )

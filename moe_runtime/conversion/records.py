@@ -1,0 +1,93 @@
+"""The report's records: what became of each tensor of the source, in the order of the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from loaders.logical import LogicalTensor
+from moe_runtime.conversion.planning import ConversionPlan
+from moe_runtime.conversion.report import TensorRecord
+from moe_runtime.conversion.roles import role_of
+from quant.quality import TensorQuality, merge
+
+_PLAIN_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
+
+
+@dataclass
+class _Gathered:
+    role: str
+    reason: str
+    converts: bool = False
+    format: str = ""
+    nbytes: int = 0
+    quality: list[TensorQuality] = field(default_factory=list)
+
+
+def tensor_records(
+    plan: ConversionPlan, quality: Mapping[str, Sequence[Any]]
+) -> list[TensorRecord]:
+    """One record for each weight of the source, skipped ones at the end.
+
+    quality: shard file -> for each of its tasks, for each output, TensorQuality.as_dict() or None
+    """
+    gathered: dict[str, _Gathered] = {}
+    sources: dict[str, LogicalTensor] = {}
+    for shard in plan.shards:
+        for task, found in zip(shard.tasks, quality[shard.file], strict=True):
+            for output, saved in zip(task.outputs, found, strict=True):
+                name = output.source.name
+                sources[name] = output.source
+                entry = gathered.setdefault(name, _Gathered(task.role, task.reason))
+                entry.converts |= output.converts
+                entry.format = output.format.name if output.format else _plain(output.source)
+                entry.nbytes += output.nbytes
+                if saved is not None:
+                    entry.quality.append(TensorQuality.from_dict(saved))
+    records = [_record(sources[name], entry) for name, entry in gathered.items()]
+    return records + [_skipped(weight, reason, plan) for weight, reason in plan.skipped]
+
+
+def plan_records(plan: ConversionPlan) -> list[TensorRecord]:
+    """The records of a conversion that has not been done: without qualities."""
+    nothing = {s.file: [[None for _ in task.outputs] for task in s.tasks] for s in plan.shards}
+    return tensor_records(plan, nothing)
+
+
+def source_format(weight: LogicalTensor) -> str:
+    """The format of a weight of the source, by name."""
+    return weight.format.name if weight.format else _plain(weight)
+
+
+def _plain(weight: LogicalTensor) -> str:
+    return _PLAIN_NAMES.get(weight.dtype, weight.dtype.lower())
+
+
+def _record(weight: LogicalTensor, entry: _Gathered) -> TensorRecord:
+    return TensorRecord(
+        name=weight.name,
+        component=entry.role,
+        action="converted" if entry.converts else "copied",
+        shape=weight.shape,
+        source_format=source_format(weight),
+        format=entry.format,
+        source_bytes=weight.nbytes,
+        bytes=entry.nbytes,
+        quality=merge(entry.quality) if entry.quality else None,
+        reason="" if entry.converts else entry.reason,
+    )
+
+
+def _skipped(weight: LogicalTensor, reason: str, plan: ConversionPlan) -> TensorRecord:
+    return TensorRecord(
+        name=weight.name,
+        component=role_of(weight, plan.config),
+        action="skipped",
+        shape=weight.shape,
+        source_format=source_format(weight),
+        format="",
+        source_bytes=weight.nbytes,
+        bytes=0,
+        reason=reason,
+    )
