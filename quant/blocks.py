@@ -1,4 +1,4 @@
-"""What the block encoders share: rows in hand, magnitudes, signed codes, the search of scales.
+"""What the block encoders share: tiles, magnitudes, signed codes, the search of scales.
 
 Every step gives the same bytes on a CPU and on a GPU: comparisons, integer operations, and single
 fp32 operations rounded as IEEE 754 says. Two traps are kept out. Division by a Python number is a
@@ -11,44 +11,48 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from quant.chunks import as_matrices, row_chunks
 from quant.formats import QuantFormat
 from quant.minifloat import Grid, magnitude_codes_, nearest_
 from quant.tensor import QuantTensor
+from quant.tiles import Tile, as_matrices, for_each, tiles_of
 
 SCALE_SEARCHES = ("mse",)
 _INFINITY = 0x7F800000  # bits of fp32; those of NaN are greater
 _MAGNITUDE = 0x7FFFFFFF
 
-EncodeRows = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+EncodeTile = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def encode_in_rows(
-    weight: Tensor, format: QuantFormat, encode: EncodeRows, tensor_scale: Tensor | None = None
+def encode_in_tiles(
+    weight: Tensor, format: QuantFormat, encode: EncodeTile, tensor_scale: Tensor | None = None
 ) -> QuantTensor:
-    """Encode [..., rows, columns] a few rows at a time.
+    """Encode [..., rows, columns] tile by tile.
 
-    encode: (fp32 rows, their magnitudes, free to overwrite) -> (packed uint8 codes, scales)
+    encode: (fp32 weights, their magnitudes, free to overwrite) -> (packed uint8 codes, scales),
+            for [rows, columns] of whole blocks
     Raises ValueError for a weight that holds NaN or infinity, or whose columns do not fit.
     """
     height, width = _require_blocks(weight, format)
-    matrices = as_matrices(weight)
+    stack = as_matrices(weight)
     if height == 1:
-        matrices = matrices.reshape(1, -1, weight.shape[-1])
-    n, rows, columns = matrices.shape
-    values = weight.new_empty(n, rows, columns // format.values_per_byte, dtype=torch.uint8)
+        stack = stack.reshape(1, -1, weight.shape[-1])
+    n, rows, columns = stack.shape
+    packing = format.values_per_byte
+    values = weight.new_empty(n, rows, columns // packing, dtype=torch.uint8)
     block_rows, block_columns = -(-rows // height), -(-columns // width)
     scales = weight.new_empty(n, block_rows, block_columns, dtype=format.scale_dtype)
-    largest = torch.zeros((), dtype=torch.int32, device=weight.device)
-    for i in range(n):
-        for start, stop in row_chunks(rows, columns, height, weight.device):
-            chunk = matrices[i, start:stop].float().contiguous()
-            magnitudes = magnitudes_of(chunk)
-            largest = torch.maximum(largest, magnitudes.view(torch.int32).amax())
-            values[i, start:stop], scales[i, start // height : -(-stop // height)] = encode(
-                chunk, magnitudes
-            )
-    if int(largest) >= _INFINITY:
+
+    def encode_tile(tile: Tile) -> Tensor:
+        chunk = tile.of(stack).float().contiguous()
+        bits = magnitude_bits(chunk)
+        largest = bits.amax()
+        codes, found = encode(chunk, bits.view(torch.float32))
+        tile.of(values, 1, packing).copy_(codes)
+        tile.of(scales, height, width).copy_(found)
+        return largest
+
+    largest = for_each(tiles_of(stack, (height, width)), encode_tile, weight.device)
+    if int(torch.stack(largest).amax()) >= _INFINITY:
         raise ValueError(f"cannot encode NaN or infinity as {_title(format)}")
     lead = weight.shape[:-1] if height == 1 else (*weight.shape[:-2], block_rows)
     return QuantTensor(
@@ -60,20 +64,22 @@ def encode_in_rows(
     )
 
 
-def magnitudes_of(values: Tensor) -> Tensor:
-    """Absolute values of fp32, in new memory; a NaN stays one."""
-    return (values.view(torch.int32) & _MAGNITUDE).view(torch.float32)
+def magnitude_bits(values: Tensor) -> Tensor:
+    """Bits of fp32 without the sign, int32 in new memory: in the order of the magnitudes."""
+    return values.view(torch.int32) & _MAGNITUDE
 
 
 def largest_magnitude(*weights: Tensor) -> Tensor:
     """The largest magnitude of all weights, fp32 []; infinity or NaN if one is in them."""
-    largest = torch.zeros((), dtype=torch.int32, device=weights[0].device)
+    found = []
     for weight in weights:
-        flat = weight.reshape(-1, weight.shape[-1])
-        for start, stop in row_chunks(len(flat), flat.shape[1], 1, flat.device):
-            found = magnitudes_of(flat[start:stop].float().contiguous()).view(torch.int32)
-            largest = torch.maximum(largest, found.amax().to(largest.device))
-    return largest.view(torch.float32)
+        stack = weight.reshape(1, -1, weight.shape[-1])
+
+        def of_tile(tile: Tile, stack: Tensor = stack) -> Tensor:
+            return magnitude_bits(tile.of(stack).float().contiguous()).amax()
+
+        found += for_each(tiles_of(stack, (1, 1)), of_tile, weight.device)
+    return torch.stack([each.to(weights[0].device) for each in found]).amax().view(torch.float32)
 
 
 def block_maxima(magnitudes: Tensor, group: int) -> Tensor:

@@ -9,7 +9,7 @@ of two (UE8M0) they are stored as E8M0.
 import torch
 from torch import Tensor
 
-from quant.blocks import encode_in_rows, signed_codes
+from quant.blocks import encode_in_tiles, signed_codes
 from quant.e4m3 import E4M3_MAX, decode_e4m3
 from quant.e8m0 import decode_e8m0, power_of_two_bytes
 from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0, FP8_ROW
@@ -25,21 +25,21 @@ def encode_block128(weight: Tensor) -> QuantTensor:
     A block of zeros gets scale 1. Raises ValueError for a non-finite weight.
     """
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         scales = _scales_for(_tile_maxima(magnitudes))
         return _block_codes(values, magnitudes, scales), scales
 
-    return encode_in_rows(weight, FP8_BLOCK128, encode_rows)
+    return encode_in_tiles(weight, FP8_BLOCK128, encode_tile)
 
 
 def encode_block128_e8m0(weight: Tensor) -> QuantTensor:
     """The same with each scale raised to a power of two (DeepSeek's UE8M0), stored as E8M0."""
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         scale_bytes = power_of_two_bytes(_scales_for(_tile_maxima(magnitudes)))
         return _block_codes(values, magnitudes, decode_e8m0(scale_bytes)), scale_bytes
 
-    return encode_in_rows(weight, FP8_BLOCK128_E8M0, encode_rows)
+    return encode_in_tiles(weight, FP8_BLOCK128_E8M0, encode_tile)
 
 
 def encode_row(weight: Tensor) -> QuantTensor:
@@ -48,11 +48,11 @@ def encode_row(weight: Tensor) -> QuantTensor:
     A row of zeros gets scale 1. Raises ValueError for a non-finite weight.
     """
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         scales = _scales_for(magnitudes.amax(-1, keepdim=True))
         return signed_codes(values, magnitudes, scales, E4M3), scales
 
-    return encode_in_rows(weight, FP8_ROW, encode_rows)
+    return encode_in_tiles(weight, FP8_ROW, encode_tile)
 
 
 def decode_block128(tensor: QuantTensor) -> Tensor:
@@ -94,10 +94,8 @@ def _tile_maxima(magnitudes: Tensor) -> Tensor:
 
 
 def _block_codes(values: Tensor, magnitudes: Tensor, scales: Tensor) -> Tensor:
-    """Codes of rows under their blocks' scales, a band of 128 rows at a time."""
-    wide = scales.repeat_interleave(BLOCK, -1)[:, : values.shape[-1]]
-    bands = wide.repeat_interleave(BLOCK, 0)[: len(values)]
-    return signed_codes(values, magnitudes, bands, E4M3)
+    wide = expand_block_scales(scales, *values.shape)
+    return signed_codes(values, magnitudes, wide, E4M3)
 
 
 def _scales_for(amax: Tensor) -> Tensor:

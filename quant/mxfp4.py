@@ -8,7 +8,7 @@ Elements round to nearest, ties to the even code, and saturate at 6 under every 
 from torch import Tensor
 
 from quant import e8m0
-from quant.blocks import block_maxima, encode_in_rows, signed_codes
+from quant.blocks import block_maxima, encode_in_tiles, signed_codes
 from quant.e2m1 import E2M1_MAX, decode_codes, pack
 from quant.formats import MXFP4
 from quant.minifloat import E2M1
@@ -34,7 +34,7 @@ def encode(
     Raises ValueError for a non-finite weight, an unknown rule or an odd width.
     """
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         groups = magnitudes.unflatten(-1, (-1, GROUP))
         scale_bytes = scale_bytes_for(block_maxima(magnitudes, GROUP), scale_rule)
         if scale_search:
@@ -42,7 +42,7 @@ def encode(
         scales = e8m0.decode_e8m0(scale_bytes)[..., None]
         return pack(signed_codes(values, groups, scales, E2M1)), scale_bytes
 
-    return encode_in_rows(weight, MXFP4, encode_rows)
+    return encode_in_tiles(weight, MXFP4, encode_tile)
 
 
 def scale_bytes_for(amax: Tensor, rule: str) -> Tensor:

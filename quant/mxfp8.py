@@ -6,7 +6,7 @@ w[r, 32 g + i] = E4M3(values[r, 32 g + i]) * 2^(scales[r, g] - 127)
 from torch import Tensor
 
 from quant import e8m0
-from quant.blocks import block_maxima, encode_in_rows, signed_codes
+from quant.blocks import block_maxima, encode_in_tiles, signed_codes
 from quant.e4m3 import E4M3_MAX, decode_e4m3
 from quant.formats import MXFP8
 from quant.minifloat import E4M3
@@ -32,7 +32,7 @@ def encode(
     Raises ValueError for a non-finite weight, an unknown rule or an odd width.
     """
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         groups = magnitudes.unflatten(-1, (-1, GROUP))
         amax = block_maxima(magnitudes, GROUP)
         scale_bytes = e8m0.scale_bytes_for(amax, scale_rule, largest=E4M3_MAX, mantissa_bits=3)
@@ -41,4 +41,4 @@ def encode(
         scales = e8m0.decode_e8m0(scale_bytes)[..., None]
         return signed_codes(values, groups, scales, E4M3), scale_bytes
 
-    return encode_in_rows(weight, MXFP8, encode_rows)
+    return encode_in_tiles(weight, MXFP8, encode_tile)

@@ -12,7 +12,7 @@ from torch import Tensor
 from quant.blocks import (
     SCALE_SEARCHES,
     block_maxima,
-    encode_in_rows,
+    encode_in_tiles,
     largest_magnitude,
     least_squares,
     require_choice,
@@ -62,7 +62,7 @@ def encode(
     whole = tensor_scale_for(weight) if tensor_scale is None else tensor_scale
     divisor = whole.to(weight.device)
 
-    def encode_rows(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         groups = magnitudes.unflatten(-1, (-1, GROUP))
         amax = block_maxima(magnitudes, GROUP)
         wanted = amax.div_(torch.full_like(amax, E2M1_MAX)).div_(divisor)
@@ -72,7 +72,7 @@ def encode(
         factors = (scales.float() * divisor)[..., None]
         return pack(signed_codes(values, groups, factors, E2M1)), scales
 
-    return encode_in_rows(weight, NVFP4, encode_rows, whole)
+    return encode_in_tiles(weight, NVFP4, encode_tile, whole)
 
 
 def _best_scales(groups: Tensor, scales: Tensor, tensor_scale: Tensor) -> Tensor:

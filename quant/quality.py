@@ -10,16 +10,17 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quant.chunks import as_matrices, row_chunks
+from quant.blocks import magnitude_bits
 from quant.codecs import decode
 from quant.e8m0 import decode_e8m0
 from quant.tensor import QuantTensor
+from quant.tiles import Tile, as_matrices, for_each, tiles_of
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class TensorQuality:
     zero_blocks: int = 0  # blocks in which every decoded weight is zero
     zero_scales: int = 0
     nan_scales: int = 0
-    # floor(log2 of a scale, the tensor scale included) -> blocks
+    # floor(log2 of a scale), the tensor scale included, -> blocks; subnormals count as -127
     scale_exponents: Mapping[int, int] = field(default_factory=dict)
 
     @property
@@ -104,33 +105,46 @@ def measure(weight: Tensor, stored: QuantTensor) -> TensorQuality:
     weight: [..., rows, columns] of a floating dtype, or [n]
     stored: of the same logical shape, on the same device
 
-    Takes a few rows at a time: its memory does not grow with the tensor.
+    Goes tile by tile: its memory does not grow with the tensor.
     """
     if tuple(weight.shape) != stored.shape:
         raise ValueError(f"the weight is {tuple(weight.shape)}, the stored form {stored.shape}")
-    parts = []
-    for matrix, stored_matrix in zip(as_matrices(weight), stored.matrices(), strict=True):
-        height = stored.format.block[0] if stored.format.block else 1
-        for start, stop in row_chunks(len(matrix), matrix.shape[1], height, matrix.device):
-            parts.append(_measure_rows(matrix[start:stop], stored_matrix.rows(start, stop)))
-    return merge(parts)
+    stack, values = as_matrices(weight), as_matrices(stored.values)
+    height, width = block = _block_of(stored)
+    scales = None if stored.scales is None else as_matrices(stored.scales)
+
+    def measure_tile(tile: Tile) -> TensorQuality:
+        chunk = tile.of(stack).float()
+        part = replace(
+            stored,
+            values=tile.of(values, 1, stored.format.values_per_byte),
+            scales=None if scales is None else tile.of(scales, height, width),
+            shape=tuple(chunk.shape),
+        )
+        return _measure_tile(chunk, part)
+
+    tiles = tiles_of(stack, block)
+    return merge([_scale_figures(stored), *for_each(tiles, measure_tile, weight.device)])
 
 
-def _measure_rows(weight: Tensor, stored: QuantTensor) -> TensorQuality:
-    exact = weight.float()
+def _block_of(stored: QuantTensor) -> tuple[int, int]:
+    height, width = stored.format.block or (1, 1)
+    return height, width or stored.shape[-1]
+
+
+def _measure_tile(exact: Tensor, stored: QuantTensor) -> TensorQuality:
     decoded = decode(stored)
-    error = decoded - exact
-    zeros = int((decoded == 0).sum())
-    blocks = _blocks(stored, decoded, exact, any_zero=zeros > 0)
-    vanished = zeros - int((exact == 0).sum()) if zeros else 0
+    # Magnitudes as integers: fp32 >= 0 are in the order of their bits, and torch is faster so.
+    exact_bits, decoded_bits = magnitude_bits(exact), magnitude_bits(decoded)
+    error = decoded.sub_(exact)
     return TensorQuality(
         weights=exact.numel(),
         signal=_sum_of_squares(exact),
         noise=_sum_of_squares(error),
-        largest=_largest(exact),
-        max_abs_error=_largest(error),
-        vanished=max(0, vanished),
-        **blocks,
+        largest=float(exact_bits.amax().view(torch.float32)),
+        max_abs_error=float(magnitude_bits(error).amax().view(torch.float32)),
+        vanished=max(0, _count_nonzero(exact_bits) - _count_nonzero(decoded_bits)),
+        **_block_figures(stored, exact_bits, decoded_bits),
     )
 
 
@@ -138,29 +152,50 @@ def _sum_of_squares(values: Tensor) -> float:
     return float((values * values).sum(-1).sum(dtype=torch.float64))
 
 
-def _largest(values: Tensor) -> float:
-    return float(values.abs().amax()) if values.numel() else 0.0
+def _count_nonzero(bits: Tensor) -> int:
+    return int(bits.clamp(max=1).sum(dtype=torch.int32))
 
 
-def _blocks(
-    stored: QuantTensor, decoded: Tensor, exact: Tensor, *, any_zero: bool
-) -> dict[str, Any]:
-    """What concerns scales; nothing for a format without them."""
+def _block_figures(stored: QuantTensor, exact: Tensor, decoded: Tensor) -> dict[str, Any]:
+    """Blocks that became zero, and weights beyond the largest value of their block.
+
+    A scale that is itself rounded to fp32 may leave the largest weight an ulp over that value.
+    """
     if stored.scales is None:
         return {}
-    scales = scale_values(stored)
-    zero_blocks = _zero_blocks(stored, decoded) if any_zero else 0
-    sound = torch.isfinite(scales) & (scales > 0)
-    exponents = torch.frexp(scales[sound]).exponent.cpu() - 1
-    found, counts = torch.unique(exponents, return_counts=True)
-    return {
-        "saturated": _saturated(stored, exact, scales),
-        "blocks": scales.numel(),
-        "zero_blocks": zero_blocks,
-        "zero_scales": int((scales == 0).sum()),
-        "nan_scales": int(torch.isnan(scales).sum()),
-        "scale_exponents": dict(zip(found.tolist(), counts.tolist(), strict=True)),
-    }
+    zero_blocks = int((_in_blocks(stored, decoded).amax(-1).amax(1) == 0).sum())
+    end = scale_values(stored) * (stored.format.max_value * (1 + 2.0**-22))
+    room = end.view(torch.int32)[:, None, :, None] - _in_blocks(stored, exact)
+    return {"zero_blocks": zero_blocks, "saturated": -int((room >> 31).sum(dtype=torch.int32))}
+
+
+def _in_blocks(stored: QuantTensor, values: Tensor) -> Tensor:
+    """[rows, columns] as [block rows, height, block columns, width]; partial ones get zeros."""
+    height, width = _block_of(stored)
+    pad = (0, -values.shape[-1] % width, 0, -values.shape[-2] % height)
+    if any(pad):
+        values = torch.nn.functional.pad(values, pad)
+    return values.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
+
+
+def _scale_figures(stored: QuantTensor) -> TensorQuality:
+    """What the scales say alone."""
+    if stored.scales is None:
+        return TensorQuality()
+    scales = scale_values(stored).flatten()
+    bits = scales.view(torch.int32)
+    # Exponents of fp32, and 0 for zero and subnormals, 255 for NaN and infinity.
+    counts = torch.bincount((bits >> 23) & 0xFF, minlength=256).tolist()
+    zeros, nans = int((scales == 0).sum()), int(torch.isnan(scales).sum())
+    exponents = {e - 127: n for e, n in enumerate(counts) if n and 0 < e < 255}
+    if counts[0] > zeros:
+        exponents = {-127: counts[0] - zeros, **exponents}
+    return TensorQuality(
+        blocks=scales.numel(),
+        zero_scales=zeros,
+        nan_scales=nans,
+        scale_exponents=exponents,
+    )
 
 
 def scale_values(stored: QuantTensor) -> Tensor:
@@ -170,32 +205,3 @@ def scale_values(stored: QuantTensor) -> Tensor:
     scales = stored.scales
     wide = decode_e8m0(scales) if scales.dtype == torch.uint8 else scales.float()
     return wide if stored.tensor_scale is None else wide * stored.tensor_scale
-
-
-def _tiles(stored: QuantTensor, values: Tensor, fill: float = 0.0) -> Tensor:
-    """[rows, columns] as [block rows, height, block columns, width]; partial blocks are filled."""
-    assert stored.format.block is not None
-    height, width = stored.format.block
-    width = width or values.shape[-1]
-    pad = (0, -values.shape[-1] % width, 0, -values.shape[-2] % height)
-    if any(pad):
-        values = torch.nn.functional.pad(values, pad, value=fill)
-    return values.unflatten(-1, (-1, width)).unflatten(-3, (-1, height))
-
-
-def _zero_blocks(stored: QuantTensor, decoded: Tensor) -> int:
-    return int((_tiles(stored, decoded).abs().amax(-1).amax(-2) == 0).sum())
-
-
-def _saturated(stored: QuantTensor, exact: Tensor, scales: Tensor) -> int:
-    """Weights over the largest value of their block by more than half a unit in fp32's last place.
-
-    A scale that is itself rounded to fp32 leaves the largest weight an ulp over its block's end.
-    """
-    end = scales * (stored.format.max_value * (1 + 2.0**-22))
-    tiles = _tiles(stored, exact).abs()
-    over = tiles.amax(-1).amax(-2) > end
-    if not bool(over.any()):
-        return 0
-    chosen = tiles.movedim(-2, -3)[over]
-    return int((chosen > end[over][:, None, None]).sum())

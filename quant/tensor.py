@@ -1,12 +1,10 @@
 """QuantTensor: stored values, their scales and the format that says what they mean."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from quant.chunks import as_matrices
 from quant.formats import QuantFormat
 
 
@@ -40,24 +38,6 @@ class QuantTensor:
             )
         scales = None if self.scales is None else self.scales[index]
         return replace(self, values=self.values[index], scales=scales, shape=self.shape[1:])
-
-    def matrices(self) -> "Iterator[QuantTensor]":
-        """Each matrix [rows, columns] of the leading axes, without copying; a vector is one row."""
-        rows, columns = (1, *self.shape)[-2:]
-        values = as_matrices(self.values)
-        scales = None if self.scales is None else as_matrices(self.scales)
-        for i in range(len(values)):
-            of_one = None if scales is None else scales[i]
-            yield replace(self, values=values[i], scales=of_one, shape=(rows, columns))
-
-    def rows(self, start: int, stop: int) -> "QuantTensor":
-        """Rows of one matrix, without copying; `start` begins a block and `stop` ends one."""
-        values, scales = self.values[start:stop], self.scales
-        height = self.format.block[0] if self.format.block else 1
-        assert start % height == 0, f"row {start} is inside a block of {height} rows"
-        if scales is not None:
-            scales = scales[start // height : -(-stop // height)]
-        return replace(self, values=values, scales=scales, shape=(len(values), self.shape[-1]))
 
     def to(self, device: torch.device | str) -> "QuantTensor":
         """The same tensor on another device."""
