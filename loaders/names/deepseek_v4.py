@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 from loaders.names.table import NameTable, WeightSpec, dense, matrix, stacked
 
@@ -76,7 +77,7 @@ def vendor_names(compress_ratios: Sequence[int], num_hash_layers: int) -> NameTa
             **_hyper("hyper.moe_", "hc_ffn_", "M", "3"),
         }
         for name, spec in of_layer.items():
-            weights[f"layers.{layer}.{name}"] = _renamed(spec, lambda n, i=layer: f"layers.{i}.{n}")
+            weights[f"layers.{layer}.{name}"] = _renamed(spec, partial(_in_layer, layer))
     return NameTable(weights, _SKIP)
 
 
@@ -121,6 +122,10 @@ def _hyper(ours: str, theirs: str, rows: str, scales: str) -> dict[str, WeightSp
         ours + "base": dense(theirs + "base", rows),
         ours + "scale": dense(theirs + "scale", scales),
     }
+
+
+def _in_layer(layer: int, name: str) -> str:
+    return f"layers.{layer}.{name}"
 
 
 def _saved(name: str) -> str:

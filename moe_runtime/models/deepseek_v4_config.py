@@ -6,8 +6,8 @@ compress_rates in its place, one rope_parameters for each kind of rope, and othe
 format of the experts (expert_dtype) is taken from the files.
 
 D model width, H heads, C head width, R query rank, G output groups, O output rank, P rotary width,
-Y = H * C / G, I index heads, J index width, N streams, M = N * (N + 2), E experts, K experts a token,
-F expert width, V vocabulary.
+Y = H * C / G, I index heads, J index width, N streams, M = N * (N + 2), E experts,
+K experts a token, F expert width, V vocabulary.
 """
 
 from __future__ import annotations
