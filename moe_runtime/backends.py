@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -90,6 +91,8 @@ def create_backend(
         with torch.cuda.device(target):
             made = TritonBackend(config, _compile_and_load(plan, target, load), plan, target)
     if progress:
+        for reason, count in Counter(opened.plan.skipped.values()).items():
+            _say(f"{count} weights are left out: {reason}")
         _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
     return made
 
