@@ -31,7 +31,7 @@ from quant.nvfp4 import tensor_scale_for
 from quant.quality import TensorQuality, measure, merge
 from quant.tensor import QuantTensor
 
-CHUNK_WEIGHTS = 1 << 22  # weights in hand by one thread
+CHUNK_WEIGHTS = 1 << 21  # weights in hand by one thread
 COPY_BYTES = 1 << 24
 _SEARCHED = (*MX_TARGETS, "nvfp4")
 
