@@ -21,7 +21,7 @@ from loaders.safetensors_header import DTYPE_BITS, TensorInfo
 from moe_runtime.config import DecoderConfig
 from moe_runtime.models.registry import OpenedModel, plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
-from moe_runtime.support import SUPPORTED
+from moe_runtime.support import ANY, SUPPORTED
 from moe_runtime.tokenizer import load_tokenizer
 
 # Component of a tensor: the first pattern found in its name.
@@ -247,8 +247,8 @@ def _active_parameters(config: DecoderConfig, components: tuple[Component, ...])
 
 def _cache_bytes_per_token(plan: MemoryPlan) -> int:
     """Growth of the cache with each token once all windows are full."""
-    long = plan.config.max_context
-    return plan.decode_bytes(long)["cache"] - plan.decode_bytes(long - 1)["cache"]
+    growing = (part for part in plan.config.cache_parts if part.window is None)
+    return round(sum(part.row_bytes / part.tokens_per_row for part in growing))
 
 
 def _backends(config: DecoderConfig | None, components: tuple[Component, ...]) -> dict[str, str]:
@@ -257,7 +257,7 @@ def _backends(config: DecoderConfig | None, components: tuple[Component, ...]) -
     experts = next((c.formats for c in components if c.name == "experts"), {})
     needs = {}
     for row in SUPPORTED:
-        if row.family == config.family and row.experts in experts:
+        if row.family == config.family and row.experts in (*experts, ANY):
             needs[row.backend] = row.needs
     return needs
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ANY = "any"
+
 
 @dataclass(frozen=True)
 class Support:
     """One combination that is implemented and tested."""
 
     family: str  # as in DecoderConfig.family
-    experts: str  # format names of quant.formats
+    experts: str  # format names of quant.formats, or ANY that is read
     dense: str
     backend: str
     least_capability: tuple[int, int] | None  # of a CUDA device; None: any device of torch
@@ -48,6 +50,10 @@ LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
 SUPPORTED = (
     Support("gpt_oss", "mxfp4", "bf16", "triton", LEAST_CAPABILITY),
     Support("gpt_oss", "mxfp4", "bf16", "reference", None),
+    Support("deepseek_v2", ANY, ANY, "reference", None),
+    Support("deepseek_v3", ANY, ANY, "reference", None),
+    Support("deepseek_v32", ANY, ANY, "reference", None),
+    Support("deepseek_v4", ANY, ANY, "reference", None),
 )
 
 
