@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -37,7 +37,11 @@ ORDER = (
 )
 NOT_LOADED = ("mtp", "vision")  # decoding text needs neither
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
+_NUMBER = re.compile(r"\d+")
 _EXPERT = re.compile(r"experts\.(\d+)\.")
+
+Kinds = Sequence[tuple[LogicalTensor, int]]  # one tensor of each kind, and how many there are
+Groups = Mapping[str, Kinds]  # by component
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ def component_of_tensor(name: str, num_layers: int) -> str:
     layer = layer_of(name)
     if layer is not None and layer >= num_layers:
         return "mtp"
-    return _by_pattern(re.sub(r"\d+", "0", name))
+    return _by_pattern(_without_numbers(name))
 
 
 def layer_of(name: str) -> int | None:
@@ -71,17 +75,24 @@ def expert_of(name: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def by_component(
-    tensors: Iterable[LogicalTensor], num_layers: int
-) -> dict[str, list[LogicalTensor]]:
-    """Tensors of each component that the model has, in ORDER."""
+def by_component(tensors: Iterable[LogicalTensor], num_layers: int) -> Groups:
+    """Kinds of tensors of each component that the model has, in ORDER."""
     groups: dict[str, list[LogicalTensor]] = {name: [] for name in ORDER}
     for tensor in tensors:
         groups[component_of_tensor(tensor.name, num_layers)].append(tensor)
-    return {name: group for name, group in groups.items() if group}
+    return {name: kinds_of(group) for name, group in groups.items() if group}
 
 
-def summed_up(groups: Mapping[str, list[LogicalTensor]]) -> tuple[Component, ...]:
+def kinds_of(tensors: Iterable[LogicalTensor]) -> list[tuple[LogicalTensor, int]]:
+    """One tensor of each kind and how many there are: alike in all but the numbers in the name."""
+    kinds: dict[Hashable, list[LogicalTensor]] = {}
+    for tensor in tensors:
+        alike = (_without_numbers(tensor.name), tensor.shape, tensor.format, tensor.nbytes)
+        kinds.setdefault((*alike, tensor.dtype), []).append(tensor)
+    return [(found[0], len(found)) for found in kinds.values()]
+
+
+def summed_up(groups: Groups) -> tuple[Component, ...]:
     """One row a component."""
     return tuple(_component(name, group) for name, group in groups.items())
 
@@ -91,17 +102,21 @@ def format_name(tensor: LogicalTensor) -> str:
     return tensor.format.name if tensor.format else tensor.dtype.lower()
 
 
-def _component(name: str, group: list[LogicalTensor]) -> Component:
+def _component(name: str, group: Kinds) -> Component:
     formats: Counter[str] = Counter()
-    for tensor in group:
-        formats[format_name(tensor)] += tensor.nbytes
+    for tensor, count in group:
+        formats[format_name(tensor)] += count * tensor.nbytes
     return Component(
         name,
-        tensors=len(group),
-        parameters=sum(math.prod(tensor.shape) for tensor in group),
+        tensors=sum(count for _, count in group),
+        parameters=sum(count * math.prod(tensor.shape) for tensor, count in group),
         nbytes=sum(formats.values()),
         formats=dict(formats.most_common()),
     )
+
+
+def _without_numbers(name: str) -> str:
+    return _NUMBER.sub("0", name)
 
 
 @cache  # names differ in numbers mostly: a few dozen are left without them

@@ -14,7 +14,7 @@ from typing import Any
 from loaders.errors import CheckpointError
 from loaders.logical import LogicalTensor
 from moe_runtime.config import CACHE_ITEM_BYTES, CachePart, ConfigReader, DecoderConfig
-from moe_runtime.planning.components import expert_of, layer_of
+from moe_runtime.planning.components import Groups, Kinds, expert_of, layer_of
 
 # Our word -> keys of config.json in various families.
 KEYS: Mapping[str, tuple[str, ...]] = {
@@ -125,10 +125,18 @@ def count_layers(config: Mapping[str, Any], tensors: Sequence[LogicalTensor]) ->
     return _Facts(config).known("num_layers") or max(numbers, default=0) + 1
 
 
+def count_experts(tensors: Sequence[LogicalTensor]) -> int:
+    """Experts of a layer where each has tensors of its own; 0 where they are stacked."""
+    numbers = (expert_of(tensor.name) for tensor in tensors)
+    return max((number + 1 for number in numbers if number is not None), default=0)
+
+
 def planned_config(
-    config: Mapping[str, Any], groups: Mapping[str, Sequence[LogicalTensor]], layers: int
+    config: Mapping[str, Any], groups: Groups, layers: int, experts_by_name: int
 ) -> PlannedConfig:
     """The sizes of a model from its config.json and its weights by component.
+
+    layers, experts_by_name: of count_layers and count_experts
 
     Raises CheckpointError for values that cannot be.
     """
@@ -138,7 +146,7 @@ def planned_config(
     table = _embedding_shape(groups.get("embedding", ()))
     width = facts.size("model_width", lambda: table[1],
                        "the model width is not in config.json: {} by the embedding")  # fmt: skip
-    experts, active = _experts(facts, groups.get("experts", ()))
+    experts, active = _experts(facts, groups.get("experts", ()), experts_by_name)
     context = facts.size("max_context", lambda: _ASSUMED_CONTEXT,
                          "the longest context is not in config.json: {} assumed")  # fmt: skip
     attention = _attention(facts, layers, width)
@@ -162,11 +170,13 @@ def planned_config(
     )
 
 
-def _experts(facts: _Facts, experts: Sequence[LogicalTensor]) -> tuple[int, int]:
+def _experts(facts: _Facts, experts: Kinds, by_name: int) -> tuple[int, int]:
     """Experts of a layer and those of one token; (1, 1) when there are none."""
     if not experts:
         return 1, 1
-    in_files = max(_experts_in(tensor) for tensor in experts)
+    in_files = by_name or max(
+        tensor.shape[0] if len(tensor.shape) > 1 else 1 for tensor, _ in experts
+    )
     stated = facts.known("num_experts")
     if stated and stated != in_files:
         facts.unknown.append(f"config.json says {stated} experts, the files have {in_files}")
@@ -180,17 +190,9 @@ def _experts(facts: _Facts, experts: Sequence[LogicalTensor]) -> tuple[int, int]
     return in_files, active
 
 
-def _experts_in(tensor: LogicalTensor) -> int:
-    """How many experts a tensor shows there to be: its number and those before, or its stack."""
-    number = expert_of(tensor.name)
-    if number is not None:
-        return number + 1
-    return tensor.shape[0] if len(tensor.shape) > 1 else 1
-
-
-def _embedding_shape(tables: Sequence[LogicalTensor]) -> tuple[int, int]:
+def _embedding_shape(tables: Kinds) -> tuple[int, int]:
     """[V, D] of the token embedding, (1, 1) if there is none."""
-    shapes = [tensor.shape for tensor in tables if len(tensor.shape) == 2 and min(tensor.shape)]
+    shapes = [tensor.shape for tensor, _ in tables if len(tensor.shape) == 2 and min(tensor.shape)]
     return (shapes[0][0], shapes[0][1]) if shapes else (1, 1)
 
 

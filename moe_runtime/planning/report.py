@@ -12,15 +12,28 @@ from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.config import DecoderConfig
 from moe_runtime.machines import Machine
 from moe_runtime.models.registry import plan_model
-from moe_runtime.plan import RESERVE_BYTES, longest_context
-from moe_runtime.planning.components import Component, by_component, summed_up
+from moe_runtime.plan import LOOKED_UP, RESERVE_BYTES, longest_context
+from moe_runtime.planning.components import (
+    NOT_LOADED,
+    Component,
+    Groups,
+    by_component,
+    summed_up,
+)
 from moe_runtime.planning.conversions import Conversion, conversions
-from moe_runtime.planning.facts import PlannedConfig, count_layers, planned_config
+from moe_runtime.planning.facts import (
+    PlannedConfig,
+    count_experts,
+    count_layers,
+    planned_config,
+)
 from moe_runtime.planning.speed import Band, predict
-from moe_runtime.planning.variants import Groups, Variant, variants
+from moe_runtime.planning.variants import Variant, variants
+from moe_runtime.support import has_kernels
 
 CONTEXTS = (1024, 8192, 32768, 131072, 1048576)
 DEFAULT_CONTEXT = 1024
+SMALL_STEP_BYTES = 500_000_000  # speeds are measured on steps of 3.7 GB and more
 
 
 @dataclass(frozen=True)
@@ -79,7 +92,7 @@ class PlanReport:
     what_if: tuple[VariantRow, ...]
     fits: tuple[FitRow, ...]
     conversions: tuple[Conversion, ...]
-    runs: bool  # whether this version runs the model
+    backends: tuple[str, ...]  # of this version that run it
     notes: tuple[str, ...]  # what could not be known, and what to keep in mind
 
     @property
@@ -126,7 +139,7 @@ def plan_checkpoint(
     wanted = min(DEFAULT_CONTEXT, config.max_context) if context is None else context
     found = variants(config, groups)
     published = found[0]
-    components = summed_up(groups)
+    components, read = summed_up(groups), published.token_bytes(wanted)
     return PlanReport(
         family=config.family,
         architecture=_architecture(checkpoint, config),
@@ -138,14 +151,14 @@ def plan_checkpoint(
         experts=config.num_experts,
         experts_per_token=config.experts_per_token,
         components=components,
-        read_by_component=published.token_bytes(wanted),
+        read_by_component=read,
         active_parameters=_active_parameters(components, config),
         contexts=_contexts(published, machine, wanted),
         what_if=tuple(_variant_row(variant, machine, wanted) for variant in found),
         fits=tuple(_fit(v, gpu, wanted) for gpu in others for v in _dense_pair(found)),
         conversions=conversions(checkpoint, groups),
-        runs=refusal is None,
-        notes=_notes(config, groups, refusal),
+        backends=_backends(config, refusal),
+        notes=_notes(config, groups, sum(read.values()), refusal),
     )
 
 
@@ -160,7 +173,9 @@ def _understand(
         config, refusal = None, error
     layers = config.num_layers if config else count_layers(checkpoint.config, tensors)
     groups = by_component(tensors, layers)
-    return config or planned_config(checkpoint.config, groups, layers), groups, refusal
+    if config is None:
+        config = planned_config(checkpoint.config, groups, layers, count_experts(tensors))
+    return config, groups, refusal
 
 
 def _architecture(checkpoint: Checkpoint, config: DecoderConfig) -> str:
@@ -173,7 +188,7 @@ def _active_parameters(components: Sequence[Component], config: DecoderConfig) -
     for part in components:
         if part.name == "experts":
             total += part.parameters * config.experts_per_token // config.num_experts
-        elif part.name not in ("embedding", "hash tables", "mtp", "vision"):
+        elif part.name not in (*LOOKED_UP, *NOT_LOADED):
             total += part.parameters
     return total
 
@@ -220,25 +235,34 @@ def _fit(variant: Variant, gpu: Machine, context: int) -> FitRow:
     )
 
 
+def _backends(config: DecoderConfig, refusal: UnsupportedModelError | None) -> tuple[str, ...]:
+    if refusal is not None:
+        return ()
+    return ("triton", "reference") if has_kernels(config.family) else ("reference",)
+
+
 def _notes(
-    config: DecoderConfig, groups: Groups, refusal: UnsupportedModelError | None
+    config: DecoderConfig, groups: Groups, token_bytes: int, refusal: UnsupportedModelError | None
 ) -> tuple[str, ...]:
     notes = []
+    meaning = "tokens/s are what its bytes allow at the shares of bandwidth that GPT-OSS reaches"
     if refusal is not None:
-        notes.append(
-            f"this version does not run it: {refusal.message}. Tokens a second are what its bytes "
-            "allow at the shares of bandwidth that GPT-OSS reaches, and buffers are an estimate"
-        )
+        notes.append(f"this version does not run it: {refusal.message}; {meaning}")
+    elif not has_kernels(config.family):
+        notes.append(f"this version runs it on the reference backend alone, slowly; {meaning}")
+    if token_bytes < SMALL_STEP_BYTES:
+        notes.append("a step of so few bytes is bound by launches, not by memory: it is slower")
     if isinstance(config, PlannedConfig):
+        notes.append("the buffers are an estimate")
         notes += [f"not known: {remark}" for remark in config.unknown]
     if "experts" not in groups:
         notes.append("no routed experts were found by name: every weight counts for each token")
     if "other" in groups:
-        names = ", ".join(tensor.name for tensor in groups["other"][:3])
-        count = len(groups["other"])
+        names = ", ".join(tensor.name for tensor, _ in groups["other"][:3])
+        count = sum(count for _, count in groups["other"])
         notes.append(f"not known: what {count} tensors are for; they count for each token: {names}")
-    for component in ("mtp", "vision"):
+    for component in NOT_LOADED:
         if component in groups:
-            size = sum(tensor.nbytes for tensor in groups[component])
+            size = sum(count * tensor.nbytes for tensor, count in groups[component])
             notes.append(f"{component} ({size / 1e9:.2f} GB) is not loaded and not counted")
     return tuple(notes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 from loaders.logical import LogicalTensor
@@ -11,11 +11,10 @@ from loaders.logical_schemes import scale_shape
 from loaders.safetensors_header import DTYPE_BITS
 from moe_runtime.config import CACHE_ITEM_BYTES, DecoderConfig
 from moe_runtime.plan import MemoryPlan
-from moe_runtime.planning.components import NOT_LOADED
+from moe_runtime.planning.components import NOT_LOADED, Groups
 from moe_runtime.planning.facts import PlannedConfig
 from quant.formats import FP8_BLOCK128, MXFP4, QuantFormat
 
-Groups = Mapping[str, Sequence[LogicalTensor]]
 DENSE = ("attention", "shared experts", "mlp", "head")  # what dense FP8 packs
 _WIDE_BITS = 16  # a weight of fewer bits is not made FP8 again
 
@@ -107,13 +106,13 @@ def _variant(
 ) -> Variant:
     """A model whose weights are in the formats that the rule gives; None: as they are."""
     totals = {}
-    for component, tensors in groups.items():
+    for component, kinds in groups.items():
         if component in NOT_LOADED:
             continue
-        formats = ((tensor, rule(component, tensor)) for tensor in tensors)
+        formats = ((tensor, count, rule(component, tensor)) for tensor, count in kinds)
         totals[component] = sum(
-            stored_bytes(tensor.shape, format) if format else tensor.nbytes
-            for tensor, format in formats
+            count * (stored_bytes(tensor.shape, format) if format else tensor.nbytes)
+            for tensor, count, format in formats
         )
     return Variant(name, config, totals, tied_head="embedding" in totals and "head" not in totals)
 

@@ -77,7 +77,7 @@ def gpt_oss(*, layers: int, experts: int) -> HeaderFiles:
     return HeaderFiles(config, tensors)
 
 
-def qwen3_30b(*, fp8: bool = False) -> HeaderFiles:
+def qwen3_30b(*, fp8: bool = False, layers: int = 48) -> HeaderFiles:
     """Qwen/Qwen3-30B-A3B in bf16, or as Qwen3-30B-A3B-Instruct-2507-FP8."""
     d, f, experts, vocab = 2048, 768, 128, 151936
     tensors: Tensors = {
@@ -89,7 +89,7 @@ def qwen3_30b(*, fp8: bool = False) -> HeaderFiles:
     def linear(name: str, rows: int, columns: int) -> None:
         tensors.update(_fp8(name, rows, columns, "BF16") if fp8 else _bf16(name, rows, columns))
 
-    for i in range(48):
+    for i in range(layers):
         p = f"model.layers.{i}."
         for norm, width in (("input_layernorm", d), ("post_attention_layernorm", d),
                             ("self_attn.q_norm", 128), ("self_attn.k_norm", 128)):  # fmt: skip
@@ -102,7 +102,7 @@ def qwen3_30b(*, fp8: bool = False) -> HeaderFiles:
                 linear(f"{p}mlp.experts.{e}.{name}_proj", rows, columns)
     config = {
         "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe",
-        "num_hidden_layers": 48, "hidden_size": d, "num_attention_heads": 32,
+        "num_hidden_layers": layers, "hidden_size": d, "num_attention_heads": 32,
         "num_key_value_heads": 4, "head_dim": 128, "num_experts": experts,
         "num_experts_per_tok": 8, "moe_intermediate_size": f, "intermediate_size": 6144,
         "max_position_embeddings": 40960, "vocab_size": vocab, "use_sliding_window": False,
@@ -113,9 +113,9 @@ def qwen3_30b(*, fp8: bool = False) -> HeaderFiles:
     return HeaderFiles(config, tensors)
 
 
-def deepseek_v3(*, v32: bool = False) -> HeaderFiles:
+def deepseek_v3(*, v32: bool = False, layers: int = 61) -> HeaderFiles:
     """deepseek-ai/DeepSeek-V3 (R1 and V3.1 are the same), or V3.2 with its indexer."""
-    d, experts, vocab, layers = 7168, 256, 129280, 61
+    d, experts, vocab = 7168, 256, 129280
     tensors: Tensors = {
         "model.embed_tokens.weight": ("BF16", (vocab, d)),
         "lm_head.weight": ("BF16", (vocab, d)),
