@@ -26,6 +26,7 @@ from moe_runtime.output_text import ChannelText, OutputText, PlainText
 from moe_runtime.plan import MemoryPlan
 from moe_runtime.prompt import EncodedPrompt, Prompt, check_token_ids, encode_prompt
 from moe_runtime.stop_strings import check_stops
+from moe_runtime.thinking import ThinkingText, ThinkTokens
 from moe_runtime.tokenizer import Tokenizer, load_tokenizer
 
 MAX_NEW_TOKENS = 256  # of a request that names no limit
@@ -60,6 +61,7 @@ class MoeModel:
         self._backend: Backend | None = backend
         self._tokenizer = tokenizer
         self._harmony = HarmonyTokens.find(tokenizer) if tokenizer else None
+        self._thinking = ThinkTokens.find(tokenizer) if tokenizer else None
         self._defaults = defaults or GenerationDefaults.read(
             None, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids
         )
@@ -331,6 +333,8 @@ class MoeModel:
             return PlainText(_NoText(), ())
         if harmony is not None and prompt.is_chat and harmony.start in prompt.token_ids:
             return ChannelText(tokenizer, harmony, prompt.token_ids, stops)
+        if self._thinking is not None and prompt.is_chat:
+            return ThinkingText(tokenizer, self._thinking, prompt.token_ids, stops)
         return PlainText(tokenizer.detokenizer(), stops)
 
     def _eos(
