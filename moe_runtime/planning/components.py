@@ -11,7 +11,8 @@ from functools import cache
 
 from loaders.logical import LogicalTensor
 
-# The first pattern found in a name decides. "hash tables" map token ids to experts (DeepSeek V4).
+# The first pattern found in a name decides; every number in the name stands as 0. "hash tables" map
+# token ids to experts (DeepSeek V4).
 PATTERNS: tuple[tuple[str, str], ...] = (
     ("mtp", r"(^|\.)mtp\.|nextn_predict"),
     ("vision", r"(^|\.)(visual|vision|vision_tower|vision_model|audio_tower|mm_projector)\."
@@ -20,7 +21,7 @@ PATTERNS: tuple[tuple[str, str], ...] = (
     ("shared experts", r"shared_expert|shared_mlp"),
     ("router", r"router|\.gate\.|(mlp|ffn|moe)\.gate$|\.gate\.weight|e_score_correction_bias"
                r"|moe_statics"),
-    ("experts", r"experts[._]|mlp\.mlp[12]_|block_sparse_moe\.(input|output)_linear"),
+    ("experts", r"experts[._]|mlp\.mlp\d_|block_sparse_moe\.(input|output)_linear"),
     ("indexer", r"indexer\."),
     ("compressor", r"compressor\."),
     ("hyper-connections", r"(^|\.)hc_|(attn|ffn)_hc\."),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gc
-import json
 from dataclasses import replace
 from functools import cache
 
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from loaders.checkpoint import open_files, open_folder
-from loaders.errors import CheckpointError
 from loaders.logical import logical_tensors
 from loaders.weights import load_weights
 from moe_runtime.bundled import BUNDLED
@@ -22,8 +20,8 @@ from moe_runtime.conversion.planning import plan_conversion
 from moe_runtime.machines import GPUS, find_gpu
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import RESERVE_BYTES, MemoryPlan, weights_by_component
-from moe_runtime.planning.components import by_component, component_of_tensor
-from moe_runtime.planning.facts import count_layers, planned_config
+from moe_runtime.planning.components import by_component
+from moe_runtime.planning.facts import count_experts, count_layers, planned_config
 from moe_runtime.planning.report import plan_checkpoint
 from moe_runtime.planning.speed import HIGH_SHARE, LOW_SHARE, predict
 from moe_runtime.planning.variants import stored_bytes
@@ -31,7 +29,6 @@ from moe_runtime.triton_backend import TritonBackend
 from quant.formats import FP8_BLOCK128, FP8_ROW, MXFP4, MXFP8, NVFP4
 from tests.loaders.hub_server import ROOT
 from tests.oracles.published_headers import (
-    HeaderFiles,
     deepseek_v3,
     deepseek_v4_flash,
     gpt_oss,
@@ -200,3 +197,110 @@ def storage_bytes(root) -> int:
                 or type(held).__module__.startswith(("moe_runtime", "kernels", "quant"))
             ]  # fmt: skip
     return sum(sizes.values())
+
+
+@pytest.mark.parametrize("model", ["gpt-oss-20b", "v4-flash"])
+def test_a_config_tells_what_the_runtime_allocates(model):
+    """The sizes read for families that we do not run are those of the families that we run."""
+    with open_files(MODELS[model]()) as checkpoint:
+        known = plan_model(checkpoint).config
+        tensors = logical_tensors(checkpoint)
+        layers = count_layers(checkpoint.config, tensors)
+        groups = by_component(tensors, layers)
+        guessed = planned_config(checkpoint.config, groups, layers, count_experts(tensors))
+    assert guessed.cache_parts == known.cache_parts
+    assert guessed.unknown == ()
+    for name in ("num_layers", "model_width", "num_experts", "experts_per_token", "expert_width",
+                 "vocab_size", "max_context"):  # fmt: skip
+        assert getattr(guessed, name) == getattr(known, name), name
+    if model == "gpt-oss-20b":
+        ours, theirs = (MemoryPlan(config, {}, 5000) for config in (guessed, known))
+        assert ours.workspace_bytes == theirs.workspace_bytes
+
+
+@pytest.mark.parametrize("target", ["mxfp4", "nvfp4", "mxfp8", "fp8-block", "fp8-channel"])
+def test_conversion_rows_are_what_convert_plans(target):
+    with open_files(qwen3_30b(layers=2)) as checkpoint:
+        report = plan_checkpoint(checkpoint, H100)
+        planned = plan_conversion(checkpoint, ConversionOptions(target))
+    row = next(row for row in report.conversions if row.target == target)
+    assert row.output_bytes == planned.tensor_bytes
+    assert row.converted == sum(output.converts for _, output in planned.outputs)
+    assert row.disk_bytes == row.output_bytes + report.total_bytes  # the source is one shard
+    assert row.problem is None
+
+
+def test_conversions_that_are_of_no_use_say_why():
+    rows = {row.target: row for row in report_of("gpt-oss-20b").conversions}
+    assert rows["mxfp4"].problem == "no routed experts that are not in mxfp4 already"
+    assert "rounds rounded weights again" in rows["nvfp4"].problem
+    assert rows["bf16"].problem is None
+    assert rows["bf16"].output_bytes / 1e9 == pytest.approx(41.83, rel=1e-3)  # 20.91 B parameters
+
+
+@pytest.mark.parametrize(
+    ("format", "expected"),
+    [
+        (MXFP4, 2 * 200 * (160 // 2 + 160 // 32)),
+        (MXFP8, 2 * 200 * (160 + 160 // 32)),
+        (NVFP4, 2 * (200 * (160 // 2 + 160 // 16) + 4)),
+        (FP8_BLOCK128, 2 * (200 * 160 + 4 * 2 * 2)),
+        (FP8_ROW, 2 * 200 * (160 + 4)),
+    ],
+)
+def test_bytes_in_a_format(format, expected):
+    assert stored_bytes((2, 200, 160), format) == expected
+
+
+def test_speed_is_a_share_of_the_bandwidth():
+    band = predict(5_000_000_000, replace(H100, read_gbps=3000.0))
+    assert band.bound == pytest.approx(600)
+    assert (band.low, band.high) == pytest.approx((600 * LOW_SHARE, 600 * HIGH_SHARE))
+    assert band.text() == "343 to 373"
+
+
+def test_shares_are_rows_of_our_results():
+    path = ROOT / "benchmarks" / "results" / "h100.csv"
+    with path.open(newline="") as file:
+        found = {row["value"] for row in csv.DictReader(file) if row["metric"] == "bandwidth_share"}
+    assert {str(LOW_SHARE), str(HIGH_SHARE)} <= found
+
+
+@pytest.mark.parametrize("name", ["h200", "H200", "NVIDIA H200"])
+def test_gpus_are_found_by_key_and_name(name):
+    assert find_gpu(name).read_gbps == 4490.0
+    assert find_gpu(name).source == "measured on one before"
+
+
+def test_gpus_that_were_not_measured_say_so():
+    assert find_gpu("RTX 4090").read_gbps == pytest.approx(0.92 * 1008)
+    assert find_gpu("rtx-4090").source == "92 % of the data sheet's 1008 GB/s, not measured"
+    assert len({row.key for row in GPUS}) == len({row.name for row in GPUS}) == len(GPUS)
+    with pytest.raises(ValueError, match="no GPU named 'voodoo2' in the table: expected one of b2"):
+        find_gpu("voodoo2")
+
+
+def test_what_fits_where():
+    gpus = [find_gpu(name) for name in ("h100", "rtx-5090", "rtx-4090")]
+    with open_files(MODELS["gpt-oss-20b"]()) as checkpoint:
+        small = plan_checkpoint(checkpoint, H100, gpus)
+    assert {row.longest_context for row in small.fits} == {131072}
+    with open_files(MODELS["gpt-oss-120b"]()) as checkpoint:
+        large = plan_checkpoint(checkpoint, H100, gpus)
+    published = [row for row in large.fits if row.variant == "as published"]
+    assert [row.gpus_needed for row in published] == [1, 2, 3]
+    assert [row.longest_context for row in published] == [131072, 0, 0]
+    assert [row.fits for row in large.contexts] == [True] * len(large.contexts)
+
+
+def test_the_longest_context_is_where_memory_ends():
+    with open_files(MODELS["qwen3-30b-fp8"]()) as checkpoint:
+        report = plan_checkpoint(checkpoint, find_gpu("rtx-5090"), [find_gpu("rtx-5090")])
+        longest = report.fits[0].longest_context
+        at_limit = plan_checkpoint(checkpoint, find_gpu("rtx-5090"), context=longest)
+        beyond = plan_checkpoint(checkpoint, find_gpu("rtx-5090"), context=longest + 256)
+    assert 8192 < longest < 40960
+    fits = [
+        [row.fits for row in r.contexts if row.context == r.context] for r in (at_limit, beyond)
+    ]
+    assert fits == [[True], [False]]
