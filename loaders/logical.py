@@ -171,6 +171,8 @@ def _identify(
         if format.tensor_scale != (whole is not None):
             continue
         shape = (*stored[:-1], stored[-1] * format.values_per_byte)
+        if _has_part_of_a_group(format, shape):
+            continue
         if scales.shape == scale_shape(format, shape) or _is_row_scale(format, scales.shape, shape):
             if whole is not None and (whole.dtype != "F32" or whole.shape not in ((), (1,))):
                 raise _does_not_fit(whole, values, "expected one F32 number")
@@ -183,6 +185,12 @@ def _identify(
         )
     expected = "expected one for 128x128, 1x32 or 1x16 codes, or for each row"
     raise _does_not_fit(scales, values, expected)
+
+
+def _has_part_of_a_group(format: QuantFormat, shape: tuple[int, ...]) -> bool:
+    """Whether the last group of a row is not whole, which formats with groups in a row lack."""
+    rows, columns = format.block or (0, 0)
+    return rows == 1 and columns > 0 and shape[-1] % columns > 0
 
 
 def _is_row_scale(format: QuantFormat, found: tuple[int, ...], shape: tuple[int, ...]) -> bool:

@@ -6,7 +6,8 @@ with its own theta, each at the first token of its window; a row is seen when it
 queries are normed per head without a weight; the gate is clamped from above only, the shared
 expert's too; router weights are scores without the bias; the mixing matrix is used transposed.
 
-Activations are not quantized, which the vendor's code does: see the documentation.
+Activations are not quantized: the vendor's code rounds the input of every FP8 and FP4 projection,
+the cached rows and the indexer's queries and keys.
 
 T tokens, D model width, H heads, C row width, G output groups, N streams, E experts, K experts per
 token, F expert width, V vocabulary.
@@ -32,8 +33,11 @@ from moe_runtime.layers.compressed_attention import (
     window_is_seen,
 )
 from moe_runtime.layers.hyper_connections import HyperWeights, Mixing, merge_streams, mixing
+from moe_runtime.layers.routing import choose_experts
 from moe_runtime.models.deepseek_v4_config import INDEXED_RATIO, DeepseekV4Config
 from moe_runtime.models.reference_model import ReferenceModel, Weights, decoded
+
+_LEAST_SUM = 1e-20  # added to the sum of a token's scores, which can all be 0
 
 
 @dataclass
@@ -186,9 +190,10 @@ class DeepseekV4Reference(ReferenceModel):
         if layer < c.num_hash_layers:
             ids_TK = self.tensor(name + "hash_ids")[token_ids_T].long()
         else:
-            ids_TK = choose(scores_TE + self.weight(name + "router_bias"), c.experts_per_token)
+            biased_TE = scores_TE + self.weight(name + "router_bias")
+            ids_TK = choose_experts(biased_TE, c.experts_per_token)
         weights_TK = scores_TE.gather(1, ids_TK)
-        weights_TK = c.routed_scale * weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+        weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _LEAST_SUM)
         out_TD = self._shared_expert(name, x_TD)
         for expert in ids_TK.unique().tolist():
             tokens, slots = (ids_TK == expert).nonzero(as_tuple=True)
@@ -197,7 +202,7 @@ class DeepseekV4Reference(ReferenceModel):
             gate, up = (x_TD[tokens] @ gate_up.T).chunk(2, dim=-1)
             result = clamped_swiglu(gate, up, c.swiglu_limit) @ down.T
             # A token has an expert once unless its hash names it twice: both count.
-            out_TD.index_add_(0, tokens, weights_TK[tokens, slots, None] * result)
+            out_TD.index_add_(0, tokens, c.routed_scale * weights_TK[tokens, slots, None] * result)
         return out_TD
 
     def _shared_expert(self, name: str, x_TD: Tensor) -> Tensor:
@@ -214,12 +219,6 @@ class DeepseekV4Reference(ReferenceModel):
         frequencies = self._frequencies[self.config.compress_ratios[layer] > 0]
         angles = positions_T.double()[:, None] * frequencies
         return angles.cos().float(), angles.sin().float()
-
-
-def choose(biased_TE: Tensor, experts_per_token: int) -> Tensor:
-    """Expert ids [T, K] of the largest values; a tie takes the lower id."""
-    ordered = biased_TE.sort(dim=-1, descending=True, stable=True)
-    return ordered.indices[:, :experts_per_token]
 
 
 def clamped_swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:

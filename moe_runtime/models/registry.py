@@ -100,6 +100,11 @@ MODELS: dict[str, ModelFamily] = {
         DeepseekV4Reference,
     ),
 }
+# Relatives whose names look as if they were here.
+_OTHER_MODELS = {
+    "deepseek_v41": "DeepSeek V4.1",
+    "deepseek_v41_text": "DeepSeek V4.1",
+}
 _ORIGINAL_LAYOUT = "gpt_oss"  # the one family whose vendor publishes a layout of its own
 
 
@@ -118,6 +123,8 @@ def find_family(config: Mapping[str, Any], layout: str) -> ModelFamily:
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     if family is None or (named is not None and named not in family.architectures):
         what = f"model_type {shown(model_type)}" + (f" ({shown(named)})" if named else "")
+        if model_type in _OTHER_MODELS:
+            what = f"{_OTHER_MODELS[model_type]}, {what},"
         known = ", ".join(f"{f.model_type} ({f.architectures[0]})" for f in MODELS.values())
         raise UnsupportedModelError(f"{what} is not supported", hint=f"supported: {known}")
     if layout not in family.name_tables:

@@ -1,4 +1,4 @@
-"""DeepSeek V4 against transformers on the CPU, from tiny random checkpoints in the published format.
+"""DeepSeek V4 against transformers on the CPU, from tiny random checkpoints as published.
 
 An implementation we did not write. 300 tokens pass the window many times, fill both kinds of
 compressed rows, and leave the indexer more rows than it may choose. The transformers model reads
@@ -6,6 +6,7 @@ the decoded twin of each checkpoint, whose encoders are not ours either.
 """
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -133,10 +134,10 @@ def test_every_choice_of_the_index_matters(pair):
     ids = some_ids()
     whole = ours.logits(ids)
     for field, change in (("index_top_k", -1), ("sliding_window", 1)):
-        kept = getattr(ours.model.config, field)
-        object.__setattr__(ours.model.config, field, kept + change)
+        kept = ours.model.config
+        ours.model.config = replace(kept, **{field: getattr(kept, field) + change})
         moved = ours.logits(ids)
-        object.__setattr__(ours.model.config, field, kept)
+        ours.model.config = kept
         with pytest.raises(AssertionError, match="relative RMS"):
             assert_close(moved, whole, "bf16")
 
