@@ -1,8 +1,9 @@
-"""The routed experts of many tokens: a grouped GEMM that decodes MXFP4 on the way in.
+"""The routed experts of many tokens: a grouped GEMM that decodes weights on the way in.
 
-Weights stay in the published order (see kernels/moe_gemv.py for the word of eight codes). A tile is
-decoded to bf16, exactly: sign to bit 15 and e e m to bits 8..6 of each half make the code's value
-times 2^-126; two multiplications, by 2^126 and by the group's scale, finish it.
+One kernel for every format of kernels/weight_formats.py. Weights stay in the published order; a
+tile is decoded to bf16 exactly, with the scales of groups in a row (kernels/weight_tiles.py).
+Scales of 128x128 blocks multiply the fp32 sums of each step, scales of rows and of whole tensors
+the sums at the end.
 
 T tokens, D model width, F expert width, E experts, K experts per token; in the kernel N and K are
 the rows and columns of the weight, M a block of (token, slot) pairs.
@@ -16,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_routing import Routing
-from quant.formats import MXFP4
+from kernels.weight_formats import (
+    as_words,
+    codes_of,
+    decode_scale,
+    scale_block,
+    scale_bytes,
+    scales_of,
+)
+from kernels.weight_tiles import decode_tile
 from quant.tensor import QuantTensor
 
 
@@ -38,52 +47,6 @@ TILES = {
     128: Tile(128, 64, 8, 3),
 }
 
-_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-
-# $0 to $3 eight bf16 weights in order; $4 the codes; $5 the scale as bf16 in both halves.
-_DECODE8_PTX = tl.constexpr("""{
-.reg .b32 a, b, c, d, t, u;
-shl.b32 t, $4, 6;  shl.b32 u, $4, 12; and.b32 t, t, 0x01C001C0; lop3.b32 a, u, 0x80008000, t, 0xEA;
-shl.b32 t, $4, 2;  shl.b32 u, $4, 8;  and.b32 t, t, 0x01C001C0; lop3.b32 b, u, 0x80008000, t, 0xEA;
-shr.b32 t, $4, 2;  shl.b32 u, $4, 4;  and.b32 t, t, 0x01C001C0; lop3.b32 c, u, 0x80008000, t, 0xEA;
-shr.b32 t, $4, 6;  and.b32 t, t, 0x01C001C0; lop3.b32 d, $4, 0x80008000, t, 0xEA;
-mov.b32 t, 0x7E807E80; mov.b32 u, 0x80008000;
-fma.rn.bf16x2 a, a, t, u; fma.rn.bf16x2 a, a, $5, u;
-fma.rn.bf16x2 b, b, t, u; fma.rn.bf16x2 b, b, $5, u;
-fma.rn.bf16x2 c, c, t, u; fma.rn.bf16x2 c, c, $5, u;
-fma.rn.bf16x2 d, d, t, u; fma.rn.bf16x2 d, d, $5, u;
-prmt.b32 $0, a, b, 0x5410; prmt.b32 $1, c, d, 0x5410;
-prmt.b32 $2, a, b, 0x7632; prmt.b32 $3, c, d, 0x7632;
-}""")
-
-
-@triton.jit
-def _decode_tile(words, scales, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Weights [BLOCK_N, BLOCK_K] of words [BLOCK_N, BLOCK_K / 8] and E8M0 bytes, one a group."""
-    if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
-        code = (words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-        magnitude = (((code & 8) << 28) | ((code & 7) << 22)).to(tl.float32, bitcast=True)
-        bits = tl.where(scales == 0, 1 << 22, scales << 23).to(tl.float32, bitcast=True)
-        groups = tl.reshape(magnitude, (BLOCK_N, BLOCK_K // 32, 32)) * 2.0**126
-        return tl.reshape(groups * bits[:, :, None], (BLOCK_N, BLOCK_K)).to(dtype)
-    else:
-        half = tl.where(scales == 0, 0x40, scales << 7)
-        pair = half | (half << 16)
-        pair = tl.broadcast_to(pair[:, :, None], (BLOCK_N, BLOCK_K // 32, 4))
-        pair = tl.reshape(pair, (BLOCK_N, BLOCK_K // 8))
-        w0, w1, w2, w3 = tl.inline_asm_elementwise(
-            _DECODE8_PTX,
-            "=&r,=&r,=&r,=&r,r,r",
-            [words, pair],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=True,
-            pack=1,
-        )
-        pairs = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (BLOCK_N, BLOCK_K // 2))
-        low = pairs.to(tl.int16).to(tl.bfloat16, bitcast=True)
-        high = (pairs >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-        return tl.reshape(tl.join(low, high), (BLOCK_N, BLOCK_K)).to(dtype)
-
 
 # A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
 # so that blocks of one expert read its weights from L2. Grid: B, N / BLOCK_N.
@@ -91,18 +54,24 @@ def _decode_tile(words, scales, dtype, BLOCK_N: tl.constexpr, BLOCK_K: tl.conste
 @triton.jit(do_not_specialize=["pairs"])
 def _moe_gemm_kernel(
     x_ptr,  # [rows, K]
-    words_ptr,  # [E, N, K / 8] int32
-    scales_ptr,  # [E, N, K / 32] uint8
+    weights_ptr,  # [E, N, K / 8] words of codes, or [E, N, K] bf16
+    scales_ptr,  # [E, N / SCALE_ROWS, K / SCALE_COLUMNS], or None
+    tensor_scale_ptr,  # [] fp32, or None
     bias_ptr,  # [E, N]
     block_expert_ptr,  # [B] int32
     block_rows_ptr,  # [B, BLOCK_M] int32: pairs
-    weights_ptr,  # [pairs] fp32, read unless SWIGLU
+    expert_weights_ptr,  # [pairs] fp32, read unless SWIGLU
     out_ptr,  # [pairs, N / 2] if SWIGLU else [pairs, N]
     pairs,
     N: tl.constexpr,
     K: tl.constexpr,
     E: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,  # pairs that share a row of x
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    SCALES_PER_EXPERT: tl.constexpr,
     SWIGLU: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
@@ -110,6 +79,10 @@ def _moe_gemm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
+    GROUP: tl.constexpr = SCALE_COLUMNS if SCALES != "none" and SCALE_COLUMNS < BLOCK_K else 0
+    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0
+    PER_STEP: tl.constexpr = SCALES != "none" and GROUP == 0 and not PER_ROW
     block = tl.program_id(0)
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
     if expert < E:
@@ -121,25 +94,47 @@ def _moe_gemm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
-            group = k0 // 32 + tl.arange(0, BLOCK_K // 32)
             x = tl.load(
                 x_ptr + x_row[:, None] * K + k[None, :],
                 mask=working[:, None] & (k < K)[None, :],
                 other=0.0,
             )
-            words = tl.load(
-                words_ptr + row[:, None] * (K // 8) + word[None, :],
-                mask=(n < N)[:, None] & (word < K // 8)[None, :],
-                other=0,
-            )
-            scales = tl.load(
-                scales_ptr + row[:, None] * (K // 32) + group[None, :],
-                mask=(n < N)[:, None] & (group < K // 32)[None, :],
-                other=0,
-            )
-            w = _decode_tile(words, scales.to(tl.int32), x.dtype, BLOCK_N, BLOCK_K)
-            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+            if CODES == "bf16":
+                w = tl.load(
+                    weights_ptr + row[:, None] * K + k[None, :],
+                    mask=(n < N)[:, None] & (k < K)[None, :],
+                    other=0.0,
+                ).to(x.dtype)
+            else:
+                word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
+                words = tl.load(
+                    weights_ptr + row[:, None] * (K // 8) + word[None, :],
+                    mask=(n < N)[:, None] & (word < K // 8)[None, :],
+                    other=0,
+                )
+                stored = 0
+                if GROUP > 0:
+                    group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
+                    stored = tl.load(
+                        scales_ptr + row[:, None] * (K // GROUP) + group[None, :],
+                        mask=(n < N)[:, None] & (group < K // GROUP)[None, :],
+                        other=0,
+                    )
+                w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
+            if PER_STEP:
+                part = tl.dot(x, tl.trans(w), input_precision="ieee")
+                across = (K + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+                place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS * across + k0 // SCALE_COLUMNS
+                scale = tl.load(scales_ptr + place, mask=n < N, other=0)
+                acc += part * decode_scale(scale, SCALES)[None, :]
+            else:
+                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+        if PER_ROW:
+            place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS
+            scale = tl.load(scales_ptr + place, mask=n < N, other=0)
+            acc *= decode_scale(scale, SCALES)[None, :]
+        if tensor_scale_ptr is not None:
+            acc *= tl.load(tensor_scale_ptr)
         acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if SWIGLU:
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
@@ -151,7 +146,7 @@ def _moe_gemm_kernel(
             inside = working[:, None] & (f < N // 2)[None, :]
             tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
         else:
-            weight = tl.load(weights_ptr + pair, mask=working, other=0.0)
+            weight = tl.load(expert_weights_ptr + pair, mask=working, other=0.0)
             out = out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :]
             inside = working[:, None] & (n < N)[None, :]
             tl.store(out, acc * weight[:, None], mask=inside)
@@ -190,7 +185,7 @@ def moe_gemm_gate_up(
     """First half of the routed experts for T tokens: gate_up and the clamped SwiGLU.
 
     x_TD:     [T, D] normed tokens
-    gate_up:  [E, 2F, D] MXFP4; rows alternate gate, up
+    gate_up:  [E, 2F, D] in any format; rows alternate gate, up
     bias:     [E, 2F]
     routing:  of these tokens
     returns   [T * K, F] of x's dtype, row token * K + slot
@@ -209,7 +204,7 @@ def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Rout
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
     hidden:   [T * K, F] of moe_gemm_gate_up
-    down:     [E, D, F] MXFP4
+    down:     [E, D, F] in any format
     bias:     [E, D]
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
 
@@ -248,14 +243,17 @@ def _launch(
     limit: float,
     alpha: float,
 ) -> None:
-    assert weight.format is MXFP4 and weight.scales is not None, weight.format.name
     experts, rows, columns = weight.shape
     blocks, block_m = routing.block_rows.shape
     tile = TILES[block_m]
+    codes = codes_of(weight.format).name
+    scale_rows, scale_columns = scale_block(weight)
+    assert scale_columns >= columns or max(scale_columns, tile.block_k) % tile.block_k == 0
     _moe_gemm_kernel[(blocks, triton.cdiv(rows, tile.block_n))](
         x,
-        weight.values.view(torch.int32),
-        weight.scales,
+        weight.values if codes == "bf16" else as_words(weight),
+        scale_bytes(weight),
+        weight.tensor_scale,
         bias,
         routing.block_expert,
         routing.block_rows,
@@ -266,6 +264,11 @@ def _launch(
         K=columns,
         E=experts,
         PAIRS_PER_ROW=pairs_per_row,
+        CODES=codes,
+        SCALES=scales_of(weight.format),
+        SCALE_ROWS=scale_rows,
+        SCALE_COLUMNS=scale_columns,
+        SCALES_PER_EXPERT=0 if weight.scales is None else weight.scales[0].numel(),
         SWIGLU=swiglu,
         LIMIT=limit,
         ALPHA=alpha,

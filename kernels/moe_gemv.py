@@ -1,6 +1,10 @@
-"""The chosen experts of one token, MXFP4 decoded in registers.
+"""The chosen experts of one token, weights decoded in registers.
 
-Weights stay in the published order. A 32-bit word holds eight codes of one row, low nibble first:
+One kernel for every format of kernels/weight_formats.py: a lane loads 16 bytes of a row at a step,
+a word's weights are multiplied with the packed vector as its codes want, and scales are fp32.
+
+Weights stay in the published order. In MXFP4 and NVFP4 a 32-bit word holds eight codes of one row,
+low nibble first:
 
     bit    31..28 27..24 23..20 19..16 15..12 11..8  7..4   3..0
     code     7      6      5      4      3      2      1      0        code = s e e m
@@ -12,23 +16,32 @@ i holds x[8 w + i] in its low half and x[8 w + 4 + i] in its high half, as fp16 
 of two that keeps products out of the subnormals. Four packed FMAs make one partial sum of eight
 weights; the group's scale and the sums across groups are fp32.
 
-D model width, F expert width, K experts per token, G groups of 32 in a row.
+D model width, F expert width, K experts per token, S steps of 16 bytes in a row, W words in a step.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.packed_dot import dot4_bf16, dot8_e4m3
 from kernels.packed_vector import activation_scale
-from quant.formats import MXFP4
+from kernels.weight_formats import (
+    as_words,
+    codes_of,
+    decode_scale,
+    scale_block,
+    scale_bytes,
+    scales_of,
+)
 from quant.tensor import QuantTensor
 
-# One warp a program: a lane holds whole groups, so no sum leaves a warp and no vector is exchanged.
+# One warp a program: a lane holds whole steps, so no sum leaves a warp and no vector is exchanged.
 GATE_UP_ROWS = 2
 DOWN_ROWS = 1
 
-_CODE_SCALE = tl.constexpr(16384.0)  # codes are decoded as value * 2^-14
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 # $0 sum over eight codes (fp32); $1 the codes; $2 to $5 the planes of x.
@@ -76,41 +89,77 @@ def _dot8(word, x0, x1, x2, x3):
 
 
 @triton.jit
+def _dot_words(words, x0, x1, x2, x3, CODES: tl.constexpr):
+    """fp32 sums over the weights of each word times the packed vector."""
+    if CODES == "e2m1":
+        return _dot8(words, x0, x1, x2, x3)
+    elif CODES == "e4m3":
+        return dot8_e4m3(words, x0, x1, x2, x3)
+    else:
+        return dot4_bf16(words, x0, x1, x2, x3)
+
+
+@triton.jit
 def _row_dots(
-    words_ptr,  # [rows, G, 4] int32 of one expert
-    scales_ptr,  # [rows, G] uint8
-    x_ptr,  # [4, G * 4] int32
+    words_ptr,  # [rows, S, W] of one expert
+    scales_ptr,  # [rows / SCALE_ROWS, S / SCALE_STEPS] of one expert, or None
+    x_ptr,  # [4, S * W]
     n,  # [BLOCK_N] row numbers
     ROWS: tl.constexpr,
-    G: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
-    """Per-thread partial dot products [BLOCK_N, BLOCK_G] of rows n with the packed vector."""
-    acc = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
-    w4 = tl.arange(0, 4)
+    """Per-thread partial dot products [BLOCK_N, BLOCK_S] of rows n with the packed vector."""
+    SCALE_COLUMNS: tl.constexpr = (S + SCALE_STEPS - 1) // SCALE_STEPS
+    acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    w = tl.arange(0, W)
     rows = n < ROWS
-    for g0 in tl.static_range(0, G, BLOCK_G):
-        g = g0 + tl.arange(0, BLOCK_G)
-        good = rows[:, None] & (g < G)[None, :]
-        place = n[:, None] * G + g[None, :]
+    for s0 in tl.static_range(0, S, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S)
+        good = rows[:, None] & (s < S)[None, :]
+        place = n[:, None] * S + s[None, :]
         words = tl.load(
-            words_ptr + place[:, :, None] * 4 + w4[None, None, :],
-            mask=good[:, :, None] & (w4 < 4)[None, None, :],
+            words_ptr + place[:, :, None] * W + w[None, None, :],
+            mask=good[:, :, None] & (w < W)[None, None, :],
             other=0,
         )
-        scale = tl.load(scales_ptr + place, mask=good, other=0).to(tl.int32)
-        column = (g[:, None] * 4 + w4[None, :])[None, :, :]
-        inside = ((g < G)[:, None] & (w4 < 4)[None, :])[None, :, :]
+        column = (s[:, None] * W + w[None, :])[None, :, :]
+        inside = ((s < S)[:, None] & (w < W)[None, :])[None, :, :]
         x0 = tl.load(x_ptr + column, mask=inside, other=0)
-        x1 = tl.load(x_ptr + G * 4 + column, mask=inside, other=0)
-        x2 = tl.load(x_ptr + G * 8 + column, mask=inside, other=0)
-        x3 = tl.load(x_ptr + G * 12 + column, mask=inside, other=0)
-        part = tl.sum(_dot8(words, x0, x1, x2, x3), axis=2)
-        # E8M0: the byte is the exponent; byte 0 stands for 2^-127, a subnormal.
-        factor = tl.where(scale == 0, 1 << 22, scale << 23).to(tl.float32, bitcast=True)
-        acc += part * factor
+        x1 = tl.load(x_ptr + S * W + column, mask=inside, other=0)
+        x2 = tl.load(x_ptr + S * W * 2 + column, mask=inside, other=0)
+        x3 = tl.load(x_ptr + S * W * 3 + column, mask=inside, other=0)
+        dots = _dot_words(words, x0, x1, x2, x3, CODES)
+        if SCALES == "e4m3":  # two of them, one for each half of a step, in 16 bits
+            two = tl.load(scales_ptr + place, mask=good, other=0).to(tl.int32)
+            first = decode_scale(two & 0xFF, SCALES)[:, :, None]
+            second = decode_scale((two >> 8) & 0xFF, SCALES)[:, :, None]
+            acc += tl.sum(dots * tl.where(w[None, None, :] < W // 2, first, second), axis=2)
+        elif SCALES == "none" or SCALE_STEPS >= S:
+            acc += tl.sum(dots, axis=2)
+        else:
+            where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
+            stored = tl.load(scales_ptr + where, mask=good, other=0)
+            acc += tl.sum(dots, axis=2) * decode_scale(stored, SCALES)
+    if SCALES != "none" and SCALE_STEPS >= S:  # the same for all columns
+        stored = tl.load(scales_ptr + n // SCALE_ROWS, mask=rows, other=0)
+        acc *= decode_scale(stored, SCALES)[:, None]
     return acc
+
+
+@triton.jit
+def _whole_scale(tensor_scale_ptr, UNSCALE: tl.constexpr):
+    """What multiplies every sum: the tensor's own scale, and the factor that codes lack."""
+    if tensor_scale_ptr is None:
+        return UNSCALE
+    else:
+        return tl.load(tensor_scale_ptr) * UNSCALE
 
 
 # A program computes BLOCK_N rows (gate and up alternate) of one chosen expert and stores
@@ -119,26 +168,39 @@ def _row_dots(
 def _gate_up_kernel(
     words_ptr,
     scales_ptr,
+    tensor_scale_ptr,
     bias_ptr,  # [E, 2F]
     ids_ptr,
     x_ptr,
     unscale_ptr,
     out_ptr,  # [K, 4, F / 8, 2] fp16
     F2: tl.constexpr,
-    G: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    UNSCALE: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+    SCALES_PER_EXPERT: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     OUT_SCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     slot = tl.program_id(1)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    words_ptr += expert * (F2 * G * 4)
-    scales_ptr += expert * (F2 * G)
-    acc = _row_dots(words_ptr, scales_ptr, x_ptr, n, F2, G, BLOCK_N, BLOCK_G)
-    y = tl.sum(acc, axis=1) * (tl.load(unscale_ptr) * _CODE_SCALE)
+    words_ptr += expert * (F2 * S * W)
+    if scales_ptr is not None:
+        scales_ptr += expert * SCALES_PER_EXPERT
+    acc = _row_dots(
+        words_ptr, scales_ptr, x_ptr, n, F2, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
+        BLOCK_N, BLOCK_S,
+    )  # fmt: skip
+    whole = _whole_scale(tensor_scale_ptr, UNSCALE)
+    y = tl.sum(acc, axis=1) * (tl.load(unscale_ptr) * whole)
     y += tl.load(bias_ptr + expert * F2 + n, mask=n < F2, other=0.0).to(tl.float32)
     gate, up = tl.split(tl.reshape(y, (BLOCK_N // 2, 2)))
     gate = tl.minimum(gate, LIMIT)
@@ -155,31 +217,45 @@ def _gate_up_kernel(
 def _down_kernel(
     words_ptr,
     scales_ptr,
+    tensor_scale_ptr,
     bias_ptr,  # [E, D]
     ids_ptr,
     weights_ptr,
-    x_ptr,  # [K, 4, G * 4] int32
+    x_ptr,  # [K, 4, S * W]
     out_ptr,  # [D] fp32, added to
     D: tl.constexpr,
-    G: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    UNSCALE: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+    SCALES_PER_EXPERT: tl.constexpr,
     K: tl.constexpr,
     X_UNSCALE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_G: tl.constexpr,
+    BLOCK_S: tl.constexpr,
 ):
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    total = tl.zeros((BLOCK_N, BLOCK_G), tl.float32)
+    total = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
     for slot in tl.static_range(K):
         expert = tl.load(ids_ptr + slot).to(tl.int64)
         weight = tl.load(weights_ptr + slot)
-        words = words_ptr + expert * (D * G * 4)
-        scales = scales_ptr + expert * (D * G)
-        x = x_ptr + slot * (G * 16)
-        total += weight * _row_dots(words, scales, x, n, D, G, BLOCK_N, BLOCK_G)
+        words = words_ptr + expert * (D * S * W)
+        scales = scales_ptr
+        if scales_ptr is not None:
+            scales = scales_ptr + expert * SCALES_PER_EXPERT
+        x = x_ptr + slot * (S * W * 4)
+        total += weight * _row_dots(
+            words, scales, x, n, D, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
+            BLOCK_N, BLOCK_S,
+        )  # fmt: skip
         row_bias = tl.load(bias_ptr + expert * D + n, mask=n < D, other=0.0)
         bias += weight * row_bias.to(tl.float32)
-    y = tl.sum(total, axis=1) * (X_UNSCALE * _CODE_SCALE) + bias
+    whole = _whole_scale(tensor_scale_ptr, UNSCALE)
+    y = tl.sum(total, axis=1) * (X_UNSCALE * whole) + bias
     y += tl.load(out_ptr + n, mask=n < D, other=0.0)
     tl.store(out_ptr + n, y, mask=n < D)
 
@@ -199,30 +275,27 @@ def moe_gate_up(
 
     packed:      [4, D / 8, 2] fp16, the normed token as router_topk packs it
     unscale:     [1] fp32
-    gate_up:     [E, 2F, D] MXFP4; rows alternate gate, up
+    gate_up:     [E, 2F, D] in any format; rows alternate gate, up
     bias:        [E, 2F]
     expert_ids:  [K] int32
     out:         [K, 4, F / 8, 2] fp16, written, times activation_scale(limit), in packed order
 
-    Reads K * 2F * D * 17 / 32 bytes, which sets its time.
+    Reads K experts' weights and scales, in MXFP4 K * 2F * D * 17 / 32 bytes, which sets its time.
     """
-    words, scales = _as_words(gate_up)
-    rows, groups = scales.shape[1:]
+    rows = gate_up.shape[1]
     _gate_up_kernel[(triton.cdiv(rows, GATE_UP_ROWS), len(expert_ids))](
-        words,
-        scales,
+        *_as_words(gate_up),
         bias,
         expert_ids,
-        packed.view(torch.int32),
+        _as_read(packed, gate_up),
         unscale,
         out,
         F2=rows,
-        G=groups,
+        **_steps(gate_up),
         LIMIT=limit,
         ALPHA=alpha,
         OUT_SCALE=activation_scale(limit),
         BLOCK_N=GATE_UP_ROWS,
-        BLOCK_G=min(32, triton.next_power_of_2(groups)),
         num_warps=1,
     )
     return out
@@ -241,38 +314,60 @@ def moe_down(
     """Second half for one token: out += sum over the chosen of weight * (down @ hidden + bias).
 
     hidden:          [K, 4, F / 8, 2] fp16 as moe_gate_up leaves it
-    down:            [E, D, F] MXFP4
+    down:            [E, D, F] in any format
     bias:            [E, D]
     expert_ids:      [K] int32
     expert_weights:  [K] fp32
     out:             [D] fp32, added to
 
-    Reads K * D * F * 17 / 32 bytes, which sets its time.
+    Reads K experts' weights and scales, in MXFP4 K * D * F * 17 / 32 bytes, which sets its time.
     """
-    words, scales = _as_words(down)
-    rows, groups = scales.shape[1:]
+    rows = down.shape[1]
     _down_kernel[(triton.cdiv(rows, DOWN_ROWS),)](
-        words,
-        scales,
+        *_as_words(down),
         bias,
         expert_ids,
         expert_weights,
-        hidden.view(torch.int32),
+        _as_read(hidden, down),
         out,
         D=rows,
-        G=groups,
+        **_steps(down),
         K=len(expert_ids),
         X_UNSCALE=1.0 / activation_scale(limit),
         BLOCK_N=DOWN_ROWS,
-        BLOCK_G=min(32, triton.next_power_of_2(groups)),
         num_warps=1,
     )
     return out
 
 
-def _as_words(weight: QuantTensor) -> tuple[Tensor, Tensor]:
-    """Values as int32 words and scales, checked to be what the kernels read."""
-    assert weight.format is MXFP4, weight.format.name
-    assert weight.scales is not None
-    assert weight.values.is_contiguous() and weight.scales.is_contiguous()
-    return weight.values.view(torch.int32), weight.scales
+def _as_words(weight: QuantTensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Words, scales and tensor scale as the kernels read them."""
+    scales = scale_bytes(weight)
+    if scales is not None and scales_of(weight.format) == "e4m3":
+        scales = scales.view(torch.int16)
+    return as_words(weight), scales, weight.tensor_scale
+
+
+def _as_read(packed: Tensor, weight: QuantTensor) -> Tensor:
+    """The packed vector: pairs in 32 bits for codes, single fp16 numbers for bf16 weights."""
+    return packed if codes_of(weight.format).name == "bf16" else packed.view(torch.int32)
+
+
+def _steps(weight: QuantTensor) -> dict[str, Any]:
+    """The compile-time constants of a format and a weight's size."""
+    codes = codes_of(weight.format)
+    scales = _as_words(weight)[1]
+    words = 16 // codes.word.itemsize
+    scale_rows, scale_columns = scale_block(weight)
+    steps = weight.shape[-1] // (words * codes.columns)
+    return {
+        "S": steps,
+        "W": words,
+        "CODES": codes.name,
+        "UNSCALE": codes.unscale,
+        "SCALES": scales_of(weight.format),
+        "SCALE_ROWS": scale_rows,
+        "SCALE_STEPS": max(1, scale_columns // (words * codes.columns)),
+        "SCALES_PER_EXPERT": 0 if scales is None else scales[0].numel(),
+        "BLOCK_S": min(32, triton.next_power_of_2(steps)),
+    }

@@ -129,7 +129,7 @@ def matrix(name: str, shape: str) -> WeightSpec:
 
 
 def rows(*sources: tuple[str, str]) -> WeightSpec:
-    """A weight whose rows are in several tensors, in order, of any format: (name, shape) of each."""
+    """A weight whose rows are in several tensors of any format: (name, shape) of each, in order."""
     return WeightSpec(tuple(Source(name, shape) for name, shape in sources), "", any_format=True)
 
 

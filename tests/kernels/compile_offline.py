@@ -39,13 +39,13 @@ from kernels import (
     sink_attention_prefill,
 )
 from kernels.moe_routing import Routing
-from quant.formats import MXFP4
+from quant.formats import BF16, FP8_BLOCK128, MXFP4, MXFP8, NVFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 META = torch.device("meta")
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.uint8: "u8",
+    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
 }  # fmt: skip
 
 
@@ -93,10 +93,14 @@ def int32(*shape: int) -> Tensor:
     return empty(*shape, dtype=torch.int32)
 
 
-def mxfp4(experts: int, rows: int, columns: int) -> QuantTensor:
-    values = empty(experts, rows, columns // 2, dtype=torch.uint8)
-    scales = empty(experts, rows, columns // 32, dtype=torch.uint8)
-    return QuantTensor(values, scales, MXFP4, (experts, rows, columns))
+def experts_in(format: QuantFormat, experts: int, rows: int, columns: int) -> QuantTensor:
+    shape = (experts, rows, columns)
+    values = empty(experts, rows, columns // format.values_per_byte, dtype=format.value_dtype)
+    if format.block is None or format.scale_dtype is None:
+        return QuantTensor(values, None, format, shape)
+    high, wide = format.block[0] or rows, format.block[1] or columns
+    scales = empty(experts, -(-rows // high), -(-columns // wide), dtype=format.scale_dtype)
+    return QuantTensor(values, scales, format, shape, fp32() if format.tensor_scale else None)
 
 
 def run_rms_norm(s: Sizes) -> None:
@@ -122,9 +126,9 @@ def run_prefill_attention(s: Sizes) -> None:
             )
 
 
-def run_moe_gemm(s: Sizes) -> None:
-    gate_up, down = mxfp4(s.E, 2 * s.F, s.D), mxfp4(s.E, s.D, s.F)
-    for block_rows in moe_gemm.TILES:
+def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
+    gate_up, down = experts_in(format, s.E, 2 * s.F, s.D), experts_in(format, s.E, s.D, s.F)
+    for block_rows in moe_gemm.TILES if format is MXFP4 else [64]:
         routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
         hidden = moe_gemm.moe_gemm_gate_up(
             empty(300, s.D), gate_up, empty(s.E, 2 * s.F), routing, limit=7.0, alpha=1.702
@@ -150,14 +154,23 @@ def run_router(s: Sizes) -> None:
     )  # fmt: skip
 
 
-def run_moe_gemv(s: Sizes) -> None:
+def run_moe_gemv(s: Sizes, format: QuantFormat = MXFP4) -> None:
     hidden = empty(s.K, 4, s.F // 8, 2, dtype=torch.float16)
     moe_gemv.moe_gate_up(
-        empty(4, s.D // 8, 2, dtype=torch.float16), fp32(1), mxfp4(s.E, 2 * s.F, s.D),
-        empty(s.E, 2 * s.F), int32(s.K), hidden, limit=7.0, alpha=1.702,
+        empty(4, s.D // 8, 2, dtype=torch.float16), fp32(1),
+        experts_in(format, s.E, 2 * s.F, s.D), empty(s.E, 2 * s.F), int32(s.K), hidden,
+        limit=7.0, alpha=1.702,
     )  # fmt: skip
-    down, bias = mxfp4(s.E, s.D, s.F), empty(s.E, s.D)
+    down, bias = experts_in(format, s.E, s.D, s.F), empty(s.E, s.D)
     moe_gemv.moe_down(hidden, down, bias, int32(s.K), fp32(s.K), fp32(s.D), limit=7.0)
+
+
+def run_expert_formats(s: Sizes) -> None:
+    """The tile that takes most registers; what is left out differs in a constant from these."""
+    if s is GPT_OSS_20B:
+        for format in (NVFP4, MXFP8, FP8_BLOCK128, BF16):
+            run_moe_gemv(s, format)
+            run_moe_gemm(s, format)
 
 
 def run_decode_attention(s: Sizes) -> None:
@@ -188,6 +201,7 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "gemv": run_gemv,
     "router_topk": run_router,
     "moe_gemv": run_moe_gemv,
+    "expert_formats": run_expert_formats,
     "sink_attention_decode": run_decode_attention,
     "sampling": run_sampling,
     "read_bandwidth": run_read_bandwidth,
@@ -195,7 +209,10 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
 
 
 def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
-    """Compile what the rows of LAUNCHES (default all) launch; the tiny model on sm_90 alone."""
+    """Compile what the rows of LAUNCHES launch; the tiny model on sm_90 alone.
+
+    rows: default all, on other architectures than sm_90 without the further expert formats
+    """
     compiled: dict[str, Compiled] = {}
 
     def catch(kernel: JITFunction, *args, grid, warmup=False, **kwargs) -> None:
@@ -208,7 +225,7 @@ def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
 
     launch, JITFunction.run = JITFunction.run, catch
     try:
-        for row in rows or LAUNCHES:
+        for row in rows or [r for r in LAUNCHES if arch == 90 or r != "expert_formats"]:
             for sizes in (GPT_OSS_20B, TINY) if arch == 90 else (GPT_OSS_20B,):
                 LAUNCHES[row](sizes)
     finally:

@@ -30,7 +30,7 @@ def uncounted(nbytes):
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """transformers' model of the tiny checkpoint as published, in fp32; tests change its weights."""
+    """transformers' model of the checkpoint as published, in fp32; tests change its weights."""
     folder = tmp_path_factory.mktemp("published")
     write_tiny_gpt_oss(folder, **SHAPE)
     model = AutoModelForCausalLM.from_pretrained(
