@@ -29,8 +29,10 @@ VERBS = {
     "generate": "Continue a prompt and print the text as it comes.",
     "chat": "Talk with a model in the terminal.",
     "inspect": "Show what a checkpoint holds, from its headers alone.",
-    "plan": "Say what a model takes and how fast it would be, before any download.",
+    "plan": "Say what a model takes and how fast it would be.",
     "convert": "Write a checkpoint in FP8 or FP4, from bf16 or FP8, tensor by tensor.",
+    "verify": "Check a checkpoint that somebody has written, and compare it with its source.",
+    "eval": "Measure perplexity, and against a second model KL and top-1 agreement.",
     "doctor": "Show what this machine has and what runs on it.",
     "bench": "Measure time to first token and decode speed.",
 }
