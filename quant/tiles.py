@@ -18,6 +18,7 @@ from torch import Tensor
 _CPU_WEIGHTS = 1 << 17
 _GPU_WEIGHTS = 1 << 26
 
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
@@ -60,22 +61,22 @@ def tiles_of(stack: Tensor, block: tuple[int, int]) -> list[Tile]:
 
 
 def for_each(
-    tiles: Iterable[Tile], work: Callable[[Tile], Result], device: torch.device
+    items: Iterable[Item], work: Callable[[Item], Result], device: torch.device
 ) -> list[Result]:
-    """The results of work(tile), in order; on a CPU several tiles at a time."""
-    tiles = list(tiles)
+    """The results of work(item), in order; on a CPU several at a time, each on one core."""
+    items = list(items)
     threads = torch.get_num_threads()
-    if device.type != "cpu" or threads == 1 or len(tiles) < 2:
-        return [work(tile) for tile in tiles]
+    if device.type != "cpu" or threads == 1 or len(items) < 2:
+        return [work(item) for item in items]
     inference = torch.is_inference_mode_enabled()
 
-    def in_worker(tile: Tile) -> Result:
+    def in_worker(item: Item) -> Result:
         with torch.inference_mode(inference):  # modes are a thread's own
-            return work(tile)
+            return work(item)
 
-    workers = min(threads, len(tiles))
+    workers = min(threads, len(items))
     try:
         with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(in_worker, tiles))
+            return list(pool.map(in_worker, items))
     finally:
         torch.set_num_threads(threads)  # what threads made later start with
