@@ -175,8 +175,13 @@ class ConversionPlan:
 
     @cached_property
     def identity(self) -> str:
-        """Equal for equal plans: 32 hexadecimal digits over options and every output tensor."""
-        digest = hashlib.sha256(json.dumps(self.options.as_dict(), sort_keys=True).encode())
+        """Equal for equal plans: 32 hexadecimal digits over options and every output tensor.
+
+        Without what is allowed: where that matters, a conversion without it would have stopped,
+        and the next try may well allow more.
+        """
+        asked = {k: v for k, v in self.options.as_dict().items() if k != "allow"}
+        digest = hashlib.sha256(json.dumps(asked, sort_keys=True).encode())
         digest.update(json.dumps(self.config, sort_keys=True).encode())
         for shard in self.shards:
             digest.update(shard.file.encode() + shard.header)
