@@ -13,7 +13,13 @@ from typing import Any
 
 from loaders.errors import CheckpointError
 from loaders.logical import LogicalTensor
-from moe_runtime.config import CACHE_ITEM_BYTES, CachePart, ConfigReader, DecoderConfig
+from moe_runtime.config import (
+    CACHE_ITEM_BYTES,
+    MAX_MODEL_SIZE,
+    CachePart,
+    ConfigReader,
+    DecoderConfig,
+)
 from moe_runtime.planning.components import Groups, Kinds, expert_of, layer_of
 
 # Our word -> keys of config.json in various families.
@@ -32,6 +38,8 @@ KEYS: Mapping[str, tuple[str, ...]] = {
     "sliding_window": ("sliding_window", "attention_chunk_size"),
 }  # fmt: skip
 _NESTED = ("text_config", "llm_config", "language_config")  # where multimodal models keep theirs
+_LIMITS = {"num_kv_heads": "num_heads", "max_context": "context", "sliding_window": "context"}
+_LARGEST = 1 << 20  # of a size that has no limit of its own
 _ASSUMED_CONTEXT = 131072
 _INDEXED_RATIO = 4  # DeepSeek V4: layers of this ratio choose rows by an indexer
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
@@ -96,7 +104,8 @@ class _Facts:
         keys = KEYS[word]
         if all(self.raw.get(key) is None for key in keys):
             return None
-        return self.reader.integer(*keys, minimum=0)
+        limit = MAX_MODEL_SIZE.get(_LIMITS.get(word, word), _LARGEST)
+        return self.reader.integer(*keys, minimum=0, maximum=limit)
 
     def size(self, word: str, otherwise: Callable[[], int], assumed: str) -> int:
         """A size by our word, or what `otherwise` finds and a remark with {} for it."""
@@ -109,7 +118,7 @@ class _Facts:
 
     def whole(self, key: str) -> int:
         """One key's whole number; 0 when it is missing or null."""
-        return self.reader.integer(key, minimum=0, default=0)
+        return self.reader.integer(key, minimum=0, maximum=_LARGEST, default=0)
 
     def numbers(self, key: str) -> list[int]:
         """A list of whole numbers; empty when the key is missing."""
@@ -172,11 +181,11 @@ def planned_config(
 
 def _experts(facts: _Facts, experts: Kinds, by_name: int) -> tuple[int, int]:
     """Experts of a layer and those of one token; (1, 1) when there are none."""
-    if not experts:
-        return 1, 1
     in_files = by_name or max(
-        tensor.shape[0] if len(tensor.shape) > 1 else 1 for tensor, _ in experts
+        (tensor.shape[0] for tensor, _ in experts if len(tensor.shape) > 1), default=0
     )
+    if not experts or not in_files:
+        return 1, 1
     stated = facts.known("num_experts")
     if stated and stated != in_files:
         facts.unknown.append(f"config.json says {stated} experts, the files have {in_files}")

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.errors import UnsupportedModelError
+from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.config import DecoderConfig
 from moe_runtime.machines import Machine
@@ -140,6 +140,8 @@ def plan_checkpoint(
     found = variants(config, groups)
     published = found[0]
     components, read = summed_up(groups), published.token_bytes(wanted)
+    if not read:
+        raise CheckpointError("the checkpoint has no weight that a token reads")
     return PlanReport(
         family=config.family,
         architecture=_architecture(checkpoint, config),

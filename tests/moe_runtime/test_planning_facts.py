@@ -112,6 +112,7 @@ def test_what_could_not_be_known_is_said(config, extra, remark):
         ({"num_experts_per_tok": 5}, "5 experts a token, but a layer has 4"),
         ({"num_experts_per_tok": "two"}, "num_experts_per_tok: expected a whole number"),
         ({"num_hidden_layers": -1}, "num_hidden_layers: expected a whole number from 0"),
+        ({"num_hidden_layers": 10**9}, "a whole number from 0 to 1024"),
         ({"compress_ratios": [4]}, "compress_ratios has 1 entries, expected at least 2"),
         ({"compress_ratios": [4, "x"]}, "compress_ratios: expected a list of whole numbers"),
     ],
