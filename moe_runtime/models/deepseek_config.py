@@ -66,6 +66,7 @@ class DeepseekConfig(DecoderConfig):
     rope_growth: float  # factor on cos and sin
     attention_scale: float  # of scores before the softmax
     num_mtp_layers: int  # in the files, not used
+    power_of_two_scales: bool  # of activations in the vendor's code
     indexer: Indexer | None
 
     @property
@@ -167,6 +168,7 @@ def read_config(
         attention_scale=softmax_growth**2
         * (head_widths["nope_width"] + head_widths["rotary_width"]) ** -0.5,
         num_mtp_layers=_read_mtp_layers(reader, family),
+        power_of_two_scales=_read_scale_format(reader) == "ue8m0",
         indexer=_read_indexer(reader) if family == "deepseek_v32" else None,
     )
     _check_sizes(reader, model)
@@ -210,6 +212,12 @@ def _read_mtp_layers(reader: ConfigReader, family: str) -> int:
     if family == "deepseek_v2":
         return 0
     return reader.integer("num_nextn_predict_layers", minimum=0, maximum=_MAX_MTP_LAYERS, default=0)
+
+
+def _read_scale_format(reader: ConfigReader) -> str:
+    if reader.values.get("quantization_config") is None:
+        return ""
+    return reader.mapping("quantization_config").text("scale_fmt", default="")
 
 
 def _read_indexer(reader: ConfigReader) -> Indexer:

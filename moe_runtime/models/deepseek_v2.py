@@ -6,7 +6,8 @@ rows of the second latent projection are its keys', then its values'; router wei
 divided by their sum; shared experts have no gate and no factor.
 
 V3 and V3.2 are this model with another router and an indexer: see their files. Activations are not
-quantized, which the vendor's code does for models in FP8.
+quantized unless asked for: the vendor's code rounds the inputs of all weights in FP8 but of the
+second latent projection, which it uses in absorbed form too.
 
 T tokens, D model width, H heads, S cached tokens, L latent width, P rotary width, E experts, K
 experts per token, F expert width, V vocabulary.
@@ -20,6 +21,7 @@ from torch.nn.functional import silu
 
 from kernels.reference.rms_norm import rms_norm
 from kernels.reference.rope_kv import inverse_frequencies
+from moe_runtime.layers.activation_rounding import rounded_to_e4m3
 from moe_runtime.layers.compressed_attention import rotate
 from moe_runtime.layers.latent_attention import causal_is_seen, latent_attention
 from moe_runtime.layers.routing import choose_experts, limit_groups
@@ -33,6 +35,7 @@ class DeepseekV2Reference(ReferenceModel):
     """One DeepSeek V2 model on one device with its cache of latents and rotated keys."""
 
     config: DeepseekConfig
+    has_vendor_rounding = True
 
     def reset(self) -> None:
         """Forget the cached sequence."""
@@ -58,9 +61,9 @@ class DeepseekV2Reference(ReferenceModel):
         x_TD = rms_norm(x_TD, self.weight(name + "norm"), c.norm_eps)
         cos, sin = self._rope(positions_T)
         query_TX, query_name = self._query_input(name, x_TD)
-        q_THC = (query_TX @ self.weight(query_name).T).unflatten(-1, (c.num_heads, -1))
+        q_THC = self.linear(query_TX, query_name).unflatten(-1, (c.num_heads, -1))
         q_THN, q_THP = q_THC.split((c.nope_width, c.rotary_width), dim=-1)
-        latents, keys = (x_TD @ self.weight(name + "latent_a").T).split(
+        latents, keys = self.linear(x_TD, name + "latent_a").split(
             (c.latent_width, c.rotary_width), dim=-1
         )
         latents = rms_norm(latents, self.weight(name + "latent_norm"), _INNER_EPS)
@@ -75,13 +78,23 @@ class DeepseekV2Reference(ReferenceModel):
             self._seen(layer, x_TD, query_TX, positions_T),
             c.attention_scale,
         )
-        return out_TO @ self.weight(name + "out").T
+        return self.linear(out_TO, name + "out")
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        """x times a weight [rows, columns]."""
+        return self._input_of(x, name) @ self.weight(name).T
+
+    def _input_of(self, x: Tensor, name: str) -> Tensor:
+        """x as a weight's projection takes it."""
+        if name not in self.rounded:
+            return x
+        return rounded_to_e4m3(x, powers_of_two=self.config.power_of_two_scales)
 
     def _query_input(self, name: str, x_TD: Tensor) -> tuple[Tensor, str]:
         """What the queries are projected from, and the name of that projection."""
         if self.config.query_rank is None:
             return x_TD, name + "query"
-        query_TR = x_TD @ self.weight(name + "query_a").T
+        query_TR = self.linear(x_TD, name + "query_a")
         return rms_norm(query_TR, self.weight(name + "query_norm"), _INNER_EPS), name + "query_b"
 
     def _seen(self, layer: int, x_TD: Tensor, query_TX: Tensor, positions_T: Tensor) -> Tensor:
@@ -109,12 +122,14 @@ class DeepseekV2Reference(ReferenceModel):
         x_TD = rms_norm(x_TD, self.weight(name + "norm"), self.config.norm_eps)
         weights_TK, ids_TK = self._route(name, x_TD @ self.weight(name + "router").T)
         out_TD = self._gated_mlp(name + "shared_", x_TD)
+        x_TD = self._input_of(x_TD, name + "gate_up")
         for expert in ids_TK.unique().tolist():
             tokens, slots = (ids_TK == expert).nonzero(as_tuple=True)
             gate_up = decoded(self.weights[name + "gate_up"][expert])
             down = decoded(self.weights[name + "down"][expert])
             gate, up = (x_TD[tokens] @ gate_up.T).chunk(2, dim=-1)
-            out_TD[tokens] += weights_TK[tokens, slots, None] * ((silu(gate) * up) @ down.T)
+            hidden = self._input_of(silu(gate) * up, name + "down")
+            out_TD[tokens] += weights_TK[tokens, slots, None] * (hidden @ down.T)
         return out_TD
 
     def _route(self, name: str, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -131,5 +146,5 @@ class DeepseekV2Reference(ReferenceModel):
         return c.routed_scale * scores_TE.gather(1, ids_TK), ids_TK
 
     def _gated_mlp(self, name: str, x_TD: Tensor) -> Tensor:
-        hidden = silu(x_TD @ self.weight(name + "gate").T) * (x_TD @ self.weight(name + "up").T)
-        return hidden @ self.weight(name + "down").T
+        hidden = silu(self.linear(x_TD, name + "gate")) * self.linear(x_TD, name + "up")
+        return self.linear(hidden, name + "down")

@@ -1,8 +1,8 @@
 """DeepSeek V3.2 in plain torch: V3 whose attention sees the tokens that an indexer chooses.
 
 The indexer's rope turns pairs (i, i + P/2) of the first P columns, unlike the attention's. The
-vendor's code multiplies its queries and keys by a Hadamard matrix before it quantizes them; their
-products are the same without it.
+vendor's code multiplies its queries and keys by a Hadamard matrix before it rounds them; their
+products are the same without both.
 
 T tokens, S cached tokens, I index heads, J index width, P rotary width.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from moe_runtime.layers.activation_rounding import hadamard
 from moe_runtime.layers.compressed_attention import index_is_chosen
 from moe_runtime.models.deepseek_v3 import DeepseekV3Reference
 
@@ -35,24 +36,29 @@ class DeepseekV32Reference(DeepseekV3Reference):
         name = f"layers.{layer}.attention.indexer."
         cos, sin = self._rope(positions_T)
         keys_TJ = layer_norm(
-            x_TD @ self.weight(name + "key").T,
+            self.linear(x_TD, name + "key"),
             (index.width,),
             self.weight(name + "norm"),
             self.weight(name + "norm_bias"),
             _NORM_EPS,
         )
-        self.index_keys[layer] = torch.cat(
-            (self.index_keys[layer], rotate_first(keys_TJ, cos, sin))
-        )
-        q_TIJ = (query_TX @ self.weight(name + "query").T).unflatten(-1, (index.heads, -1))
+        keys_TJ = self._index_row(name, rotate_first(keys_TJ, cos, sin))
+        self.index_keys[layer] = torch.cat((self.index_keys[layer], keys_TJ))
+        q_TIJ = self.linear(query_TX, name + "query").unflatten(-1, (index.heads, -1))
         scale = (index.heads * index.width) ** -0.5
         return index_is_chosen(
-            rotate_first(q_TIJ, cos[:, None], sin[:, None]),
+            self._index_row(name, rotate_first(q_TIJ, cos[:, None], sin[:, None])),
             scale * (x_TD @ self.weight(name + "head_weights").T),
             self.index_keys[layer],
             super()._seen(layer, x_TD, query_TX, positions_T),
             index.top_k,
         )
+
+    def _index_row(self, name: str, rows: Tensor) -> Tensor:
+        """Queries or keys of the indexer, [.., J], as it compares them."""
+        if name + "query" not in self.rounded:
+            return rows
+        return self._input_of(rows @ hadamard(rows.shape[-1], rows.device), name + "query")
 
 
 def rotate_first(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

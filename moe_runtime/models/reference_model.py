@@ -24,6 +24,10 @@ DECODE_AT_LOAD_BYTES = 2 << 30
 class ReferenceModel:
     """One model on one device with its cache (fp32, grown as needed); a family adds its layers."""
 
+    has_vendor_rounding = False  # whether the family looks at `rounded`
+    # Names of weights whose inputs are rounded as in the vendor's code.
+    rounded: frozenset[str] = frozenset()
+
     def __init__(self, config: DecoderConfig, weights: Weights, device: torch.device) -> None:
         self.config = config
         self.device = device

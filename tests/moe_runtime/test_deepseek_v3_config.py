@@ -39,7 +39,7 @@ def read(family="deepseek_v3", **changes):
         ("deepseek_v3", {}, 0.13523),
         (
             "deepseek_v2",
-            {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+            {"rope_scaling": YARN | LITE_MSCALE},
             0.11472,
         ),
         ("deepseek_v3", {"rope_scaling": YARN | {"factor": 32}}, 192**-0.5 * 1.8132),
