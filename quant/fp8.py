@@ -101,9 +101,3 @@ def _block_codes(values: Tensor, magnitudes: Tensor, scales: Tensor) -> Tensor:
 def _scales_for(amax: Tensor) -> Tensor:
     scales = amax / torch.full_like(amax, E4M3_MAX)
     return torch.where(scales > 0, scales, torch.ones_like(scales))
-
-
-def round_to_e4m3(scaled: Tensor) -> Tensor:
-    """fp32 to dtype float8_e4m3fn: nearest, ties to even, saturating at 448; NaN stays."""
-    # Clamp first: torch 2.11 casts values above 464 to NaN where torch 2.13 saturates.
-    return scaled.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)

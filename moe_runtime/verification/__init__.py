@@ -1,0 +1,1 @@
+"""Checking a checkpoint that somebody has written: its files, its numbers, and its source."""
