@@ -117,6 +117,8 @@ def _row_dots(
 ):
     """Per-thread partial dot products [BLOCK_N, BLOCK_S] of rows n with the packed vector."""
     SCALE_COLUMNS: tl.constexpr = (S + SCALE_STEPS - 1) // SCALE_STEPS
+    TWO_A_STEP: tl.constexpr = SCALES == "e4m3"  # groups of 16 columns
+    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_STEPS >= S and not TWO_A_STEP
     acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     w = tl.arange(0, W)
     rows = n < ROWS
@@ -136,18 +138,18 @@ def _row_dots(
         x2 = tl.load(x_ptr + S * W * 2 + column, mask=inside, other=0)
         x3 = tl.load(x_ptr + S * W * 3 + column, mask=inside, other=0)
         dots = _dot_words(words, x0, x1, x2, x3, CODES)
-        if SCALES == "e4m3":  # two of them, one for each half of a step, in 16 bits
+        if TWO_A_STEP:  # one for each half, in 16 bits
             two = tl.load(scales_ptr + place, mask=good, other=0).to(tl.int32)
             first = decode_scale(two & 0xFF, SCALES)[:, :, None]
             second = decode_scale((two >> 8) & 0xFF, SCALES)[:, :, None]
             acc += tl.sum(dots * tl.where(w[None, None, :] < W // 2, first, second), axis=2)
-        elif SCALES == "none" or SCALE_STEPS >= S:
+        elif SCALES == "none" or PER_ROW:
             acc += tl.sum(dots, axis=2)
         else:
             where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
             stored = tl.load(scales_ptr + where, mask=good, other=0)
             acc += tl.sum(dots, axis=2) * decode_scale(stored, SCALES)
-    if SCALES != "none" and SCALE_STEPS >= S:  # the same for all columns
+    if PER_ROW:
         stored = tl.load(scales_ptr + n // SCALE_ROWS, mask=rows, other=0)
         acc *= decode_scale(stored, SCALES)[:, None]
     return acc

@@ -13,6 +13,7 @@ import torch
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import UnsupportedModelError
+from loaders.names.table import LoadPlan, PlannedWeight
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import DecoderConfig, ModelConfig
@@ -23,6 +24,7 @@ from moe_runtime.plan import MemoryPlan, fit, formats_by_component, weights_by_c
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
+from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, QuantFormat
 
 # Backend -> the values of dtype that it takes: what it computes in.
 DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
@@ -36,6 +38,7 @@ def create_backend(
     backend: str = "auto",
     dtype: str = "auto",
     max_context: int | None = None,
+    activations: str = "exact",
     progress: bool = True,
 ) -> Backend:
     """Load a checkpoint's weights onto a device and make the backend that runs them.
@@ -45,6 +48,8 @@ def create_backend(
     backend:      "auto" (triton on a GPU, reference on a CPU), "reference" or "triton"
     dtype:        "auto", "fp32" (reference) or "bf16" (triton)
     max_context:  positions of the cache; default the model's own limit or what fits
+    activations:  "exact", or "vendor": rounded to FP8 before quantized weights as in the code that
+                  DeepSeek V3 was published with (reference)
     progress:     a bar while loading, and one line on stderr saying what was chosen
     Raises CheckpointError, UnsupportedModelError, DoesNotFitError or ValueError; nothing large is
     allocated before names, shapes and the fit are known.
@@ -75,6 +80,7 @@ def create_backend(
             f"the triton backend needs a CUDA GPU of compute capability 8.0 or more, got {target}; "
             "use backend='reference'"
         )
+    rounded = _rounded_inputs(opened, name, activations)
     load = partial(
         load_weights,
         checkpoint,
@@ -85,11 +91,15 @@ def create_backend(
         progress=progress,
     )
     if name == "reference":
-        made: Backend = ReferenceBackend(opened.family.reference(config, load(), target), plan)
+        model = opened.family.reference(config, load(), target)
+        model.rounded = rounded
+        made: Backend = ReferenceBackend(model, plan)
     else:
         assert isinstance(config, ModelConfig), config.family
+        pairs = expert_formats(opened.plan)
         with torch.cuda.device(target):
-            made = TritonBackend(config, _compile_and_load(plan, target, load), plan, target)
+            weights = _compile_and_load(plan, target, load, pairs)
+            made = TritonBackend(config, weights, plan, target)
     if progress:
         for reason, count in Counter(opened.plan.skipped.values()).items():
             _say(f"{count} weights are left out: {reason}")
@@ -97,8 +107,53 @@ def create_backend(
     return made
 
 
+def _rounded_inputs(opened: OpenedModel, backend: str, activations: str) -> frozenset[str]:
+    """Weights whose inputs are rounded: those in FP8 blocks if the vendor's way is asked for."""
+    if activations == "exact":
+        return frozenset()
+    if activations != "vendor":
+        raise ValueError(f"activations must be exact or vendor, got {activations!r}")
+    if backend != "reference" or not opened.family.reference.has_vendor_rounding:
+        raise ValueError(
+            f"activations='vendor' is not there for {opened.config.family} in the {backend} backend"
+        )
+    blocks = (FP8_BLOCK128, FP8_BLOCK128_E8M0)
+    return frozenset(weight.name for weight in opened.plan.weights if weight.format in blocks)
+
+
+def expert_formats(plan: LoadPlan) -> tuple[tuple[QuantFormat, QuantFormat], ...]:
+    """The different pairs of formats in which layers have gate_up and down.
+
+    Raises UnsupportedModelError for weights in a format for which there are no GPU kernels.
+    """
+    by_name = {}
+    for weight in plan.weights:
+        if weight.name.endswith((".gate_up", ".down")):
+            if (weight.format is None and weight.dtype != "BF16") or len(weight.pieces) > 1:
+                raise _no_kernel(weight, "experts are run in bf16 and in the quantized formats")
+            by_name[weight.name] = weight.format or BF16
+        elif weight.format is not None:
+            raise _no_kernel(weight, "attention and head are run in bf16")
+    gate_ups = [name for name in by_name if name.endswith(".gate_up")]
+    downs = [name.removesuffix("gate_up") + "down" for name in gate_ups]
+    return tuple(
+        dict.fromkeys((by_name[g], by_name[d]) for g, d in zip(gate_ups, downs, strict=True))
+    )
+
+
+def _no_kernel(weight: PlannedWeight, what_is: str) -> UnsupportedModelError:
+    found = weight.format.name if weight.format else weight.dtype
+    return UnsupportedModelError(
+        f"{weight.name}: there are no GPU kernels for it in {found}; {what_is}",
+        hint="use backend='reference' (slow)",
+    )
+
+
 def _compile_and_load(
-    plan: MemoryPlan, target: torch.device, load: Callable[[], Weights]
+    plan: MemoryPlan,
+    target: torch.device,
+    load: Callable[[], Weights],
+    formats: tuple[tuple[QuantFormat, QuantFormat], ...],
 ) -> Weights:
     """Weights, and every kernel compiled: both at once where there is room for it."""
     assert isinstance(plan.config, ModelConfig), plan.config.family
@@ -106,7 +161,7 @@ def _compile_and_load(
     with ThreadPoolExecutor(1) as pool:
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
         loading = pool.submit(load) if roomy else None
-        compile_kernels(plan.config, plan.max_context, target)
+        compile_kernels(plan.config, plan.max_context, target, formats)
         if loading is not None:
             return loading.result()
     torch.cuda.empty_cache()

@@ -19,9 +19,10 @@ from kernels.moe_gemv import moe_down, moe_gate_up
 from kernels.router_topk import router_topk
 from kernels.sampling import SamplingState, make_state, sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
+from loaders.logical_schemes import scale_shape
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
-from quant.formats import MXFP4
+from quant.formats import BF16, MXFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 
@@ -64,10 +65,11 @@ class ModelWeights:
             assert isinstance(tensor, Tensor), name
             return tensor
 
-        def quantized(name: str) -> QuantTensor:
+        def experts(name: str) -> QuantTensor:
             tensor = weights[name]
-            assert isinstance(tensor, QuantTensor), name
-            return tensor
+            if isinstance(tensor, QuantTensor):
+                return tensor
+            return QuantTensor(tensor, None, BF16, tuple(tensor.shape))
 
         layers = []
         for i in range(config.num_layers):
@@ -83,18 +85,23 @@ class ModelWeights:
                     moe_norm=dense(moe + "norm"),
                     router=dense(moe + "router"),
                     router_bias=dense(moe + "router_bias"),
-                    gate_up=quantized(moe + "gate_up"),
+                    gate_up=experts(moe + "gate_up"),
                     gate_up_bias=dense(moe + "gate_up_bias"),
-                    down=quantized(moe + "down"),
+                    down=experts(moe + "down"),
                     down_bias=dense(moe + "down_bias"),
                 )
             )
         return cls(dense("embedding"), dense("final_norm"), dense("head"), layers)
 
 
-def zero_weights(config: ModelConfig, device: torch.device) -> ModelWeights:
+def zero_weights(
+    config: ModelConfig,
+    device: torch.device,
+    expert_formats: tuple[QuantFormat, QuantFormat] = (MXFP4, MXFP4),
+) -> ModelWeights:
     """Weights of zeros of one layer, used for all: to run kernels before the real ones are read.
 
+    expert_formats: of gate_up and of down
     A router of zeros takes the first K experts, so no others are allocated.
     """
     c = config
@@ -102,11 +109,18 @@ def zero_weights(config: ModelConfig, device: torch.device) -> ModelWeights:
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16, device=device)
 
-    def experts(rows: int, columns: int) -> QuantTensor:
-        shape = (c.experts_per_token, rows, columns // 2)
-        values = torch.zeros(shape, dtype=torch.uint8, device=device)
-        scales = torch.zeros((*shape[:2], columns // 32), dtype=torch.uint8, device=device)
-        return QuantTensor(values, scales, MXFP4, (c.num_experts, rows, columns))
+    def experts(format: QuantFormat, rows: int, columns: int) -> QuantTensor:
+        shape = (c.experts_per_token, rows, columns)
+        packed = (*shape[:2], columns // format.values_per_byte)
+        values = torch.zeros(packed, dtype=format.value_dtype, device=device)
+        scales = whole = None
+        if format.scale_dtype is not None:
+            scales = torch.zeros(
+                scale_shape(format, shape), dtype=format.scale_dtype, device=device
+            )
+        if format.tensor_scale:
+            whole = torch.ones((), device=device)
+        return QuantTensor(values, scales, format, (c.num_experts, rows, columns), whole)
 
     layer = LayerWeights(
         attention_norm=zeros(c.model_width),
@@ -118,9 +132,9 @@ def zero_weights(config: ModelConfig, device: torch.device) -> ModelWeights:
         moe_norm=zeros(c.model_width),
         router=zeros(c.num_experts, c.model_width),
         router_bias=zeros(c.num_experts),
-        gate_up=experts(2 * c.expert_width, c.model_width),
+        gate_up=experts(expert_formats[0], 2 * c.expert_width, c.model_width),
         gate_up_bias=zeros(c.num_experts, 2 * c.expert_width),
-        down=experts(c.model_width, c.expert_width),
+        down=experts(expert_formats[1], c.model_width, c.expert_width),
         down_bias=zeros(c.num_experts, c.model_width),
     )
     table = zeros(c.vocab_size, c.model_width)
@@ -139,7 +153,7 @@ class DecodeStep:
         max_context: int,
     ) -> None:
         c = config
-        device = weights.head.device
+        device = weights.embedding.device
         self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
         self.state: SamplingState = make_state(c.vocab_size, max_context + 1, device)
         group = head_group(c.num_heads, c.num_kv_heads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -20,6 +20,7 @@ from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
 from moe_runtime.prefill import Prefill
 from moe_runtime.reference_backend import sampling_settings, signed64
 from moe_runtime.sampling import SamplingParams
+from quant.formats import MXFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 STEPS_AHEAD = 3  # decode steps launched before the oldest unread token is waited for
@@ -116,24 +117,31 @@ class TritonBackend:
         return torch.tensor(list(token_ids), dtype=torch.int64).to(self.device)
 
 
-def compile_kernels(config: ModelConfig, max_context: int, device: torch.device) -> None:
+def compile_kernels(
+    config: ModelConfig,
+    max_context: int,
+    device: torch.device,
+    expert_formats: Iterable[tuple[QuantFormat, QuantFormat]] = ((MXFP4, MXFP4),),
+) -> None:
     """Compile every kernel that a model of this config can launch, so that nothing compiles later.
 
+    expert_formats: pairs of gate_up's and down's that the layers have
     Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
     and one cache of memory; it can go on while the weights are read.
     """
     kinds = tuple(dict.fromkeys(config.layer_is_sliding))
     small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
-    weights = zero_weights(small, device)
     cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
     rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
-    step = DecodeStep(small, weights, cache, rope, max_context)
-    for filtered in (False, True):
-        step.step(filtered=filtered)
-    prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
-    for length in prefill.warm_up_lengths():
-        for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
-            prefill.head(residual_TD[-1:])
+    for formats in expert_formats:
+        weights = zero_weights(small, device, formats)
+        step = DecodeStep(small, weights, cache, rope, max_context)
+        for filtered in (False, True):
+            step.step(filtered=filtered)
+        prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
+        for length in prefill.warm_up_lengths():
+            for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
+                prefill.head(residual_TD[-1:])
     torch.cuda.synchronize()
 
 

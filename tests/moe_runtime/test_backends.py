@@ -4,9 +4,12 @@ import pytest
 import torch
 
 from loaders.checkpoint import open_folder
+from loaders.errors import UnsupportedModelError
 from moe_runtime import backends
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
+from quant.formats import BF16, FORMATS, MXFP4
+from tests.oracles.expert_formats import quantize_dense, write_with_experts
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 
 
@@ -46,7 +49,8 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
 
-    def compile_kernels(config, max_context, device):
+    def compile_kernels(config, max_context, device, expert_formats):
+        assert expert_formats == ((MXFP4, MXFP4),)
         if roomy:  # the loading goes on meanwhile
             while "load" not in order:
                 pass
@@ -58,6 +62,24 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
         order.append("load")
         return {"head": torch.zeros(1)}
 
-    weights = backends._compile_and_load(plan, torch.device("cuda"), load)
+    weights = backends._compile_and_load(
+        plan, torch.device("cuda"), load, backends.expert_formats(model.plan)
+    )
     assert list(weights) == ["head"]
     assert order == (["load", "compile"] if roomy else ["compile", "empty cache", "load"])
+
+
+@pytest.mark.parametrize("format", [BF16.name, "nvfp4", "fp8_block128"])
+def test_the_formats_to_compile_for_are_those_of_the_layers(tmp_path, format):
+    write_with_experts(tmp_path, format, layers=2)
+    plan = plan_model(open_folder(tmp_path)).plan
+    assert backends.expert_formats(plan) == ((FORMATS[format], FORMATS[format]),)
+
+
+def test_dense_weights_without_gpu_kernels_are_named(tmp_path):
+    write_with_experts(tmp_path, MXFP4.name, layers=1)
+    quantize_dense(tmp_path, "weight_scale")
+    plan = plan_model(open_folder(tmp_path)).plan
+    with pytest.raises(UnsupportedModelError, match="no GPU kernels for it in fp8_block128") as no:
+        backends.expert_formats(plan)
+    assert "layers.0.attention.qkv" in no.value.message and "reference" in no.value.hint

@@ -10,10 +10,12 @@ from transformers import AutoModelForCausalLM, Mxfp4Config
 from loaders.checkpoint import open_folder
 from loaders.weights import load_mapped, load_staged
 from moe_runtime.backends import create_backend
+from moe_runtime.decode import zero_weights
 from moe_runtime.models.registry import plan_model
 from moe_runtime.sampling import SamplingParams
+from moe_runtime.triton_backend import TritonBackend
 from quant.codecs import decode
-from quant.formats import MXFP4
+from quant.formats import FORMATS, MXFP4
 from quant.tensor import QuantTensor
 from tests.oracles.expert_formats import EXPERT_FORMATS, quantize_dense, write_with_experts
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -111,3 +113,45 @@ def test_staging_gives_the_same_weights(tmp_path, format):
             assert weight.values.is_contiguous() and weight.format.name == format
             weight = decode(weight)
         assert weight.is_contiguous() and torch.equal(weight.float(), wanted)
+
+
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs the interpreter; tests/gpu covers machines with a GPU"
+)
+@pytest.mark.parametrize("format", ["nvfp4", "mxfp8", "fp8_block128", "fp8_row", "bf16"])
+def test_the_kernels_agree_with_the_reference(tmp_path, format):
+    """Prefill and decode through Triton's interpreter, with fp32 dense weights and cache."""
+    shape = {"layers": 1, "d": 32, "f": 32, "heads": 2, "kv": 1, "hd": 16, "experts": 5}
+    write_with_experts(tmp_path, format, **shape, topk=2, vocab=40)
+    reference = backend_of(tmp_path)
+    checkpoint = open_folder(tmp_path)
+    opened = plan_model(checkpoint)
+    weights = load_staged(checkpoint, opened.plan, torch.device("cpu"), uncounted)
+    wide = {
+        name: w.float() if isinstance(w, torch.Tensor) and "moe." not in name else w
+        for name, w in weights.items()
+    }
+    triton = TritonBackend(
+        opened.config, wide, reference.plan, torch.device("cpu"), cache_dtype=torch.float32
+    )
+    ids = [5, 39, 3, 32, 17, 8]
+    assert_close(triton.logits(ids), reference.logits(ids), "moe_gemv_mxfp4")
+    greedy = SamplingParams(temperature=0.0)
+    ours, expected = (list(b.decode(ids, greedy, max_new_tokens=2)) for b in (triton, reference))
+    assert [t.token_id for t in ours] == [t.token_id for t in expected]
+    assert ours[1].logprob == pytest.approx(expected[1].logprob, abs=5e-3)
+
+
+@pytest.mark.parametrize("format", EXPERT_FORMATS)
+def test_weights_to_compile_with_are_laid_out_like_real_ones(tmp_path, format):
+    write_with_experts(tmp_path, format, **SHAPE)
+    opened = plan_model(open_folder(tmp_path))
+    weights = load_mapped(open_folder(tmp_path), opened.plan, torch.device("cpu"), uncounted)
+    zeros = zero_weights(opened.config, torch.device("cpu"), (FORMATS[format],) * 2).layers[0]
+    for zero, name in ((zeros.gate_up, "gate_up"), (zeros.down, "down")):
+        real = weights[f"layers.0.moe.{name}"]
+        assert zero.shape == real.shape
+        if isinstance(real, QuantTensor):
+            for a, b in ((zero.values, real.values), (zero.scales, real.scales)):
+                assert (a.dtype, a.shape[1:]) == (b.dtype, b.shape[1:])
+            assert (zero.tensor_scale is None) == (real.tensor_scale is None)
