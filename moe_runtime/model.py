@@ -78,6 +78,7 @@ class MoeModel:
         backend: str = "auto",
         dtype: str = "auto",
         max_context: int | None = None,
+        activations: str = "exact",
         local_files_only: bool = False,
         progress: bool = True,
     ) -> MoeModel:
@@ -88,6 +89,8 @@ class MoeModel:
         backend:          "auto", "reference" (plain torch in fp32: the numbers to trust), "triton"
         dtype:            of the activations: "auto" is fp32 for reference and bf16 for triton
         max_context:      tokens the KV cache is made for; default what the model allows and fits
+        activations:      "exact", or "vendor" to round them to FP8 before weights in FP8 blocks as
+                          the code that DeepSeek V3 was published with does (reference)
         local_files_only: never ask the hub
         progress:         bars and notes on stderr
 
@@ -109,7 +112,9 @@ class MoeModel:
             opened = plan_model(checkpoint)
             config = opened.config
             # Everything that can be wrong in small files is found before the weights are read.
-            tokenizer = load_tokenizer(checkpoint, config.vocab_size)
+            make_chat = opened.family.chat_code
+            chat_code = make_chat(checkpoint) if make_chat else None
+            tokenizer = load_tokenizer(checkpoint, config.vocab_size, chat_code=chat_code)
             defaults = GenerationDefaults.read(
                 checkpoint.generation_config,
                 vocab_size=config.vocab_size,
@@ -122,6 +127,7 @@ class MoeModel:
                 backend=backend,
                 dtype=dtype,
                 max_context=max_context,
+                activations=activations,
                 progress=progress,
             )
         load_s = time.perf_counter() - started

@@ -2,7 +2,7 @@
 
 Ours reads the published format (FP8 blocks with their scales, an MTP layer beside the others);
 transformers reads the same numbers in fp32. 300 tokens pass YaRN's original context, and V3.2's
-indexer chooses 48 of them.
+indexer chooses 48 of them. The eps of Kimi-K2 tells the norms that heed it from those that do not.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ CASES = {
     "v2-groups-fp8": (V2_GROUPS, {"format": "fp8"}),
     "v3-fp8": (Sizes(), {"format": "fp8"}),
     "v3-e8m0-odd-experts": (Sizes(f=96), {"format": "fp8_e8m0", "shards": 1}),
-    "kimi-fp8": (KIMI, {"rope_scaling": KIMI_ROPE, "rope_theta": 50000}),
+    "kimi-fp8": (KIMI, {"rope_scaling": KIMI_ROPE, "rope_theta": 50000, "rms_norm_eps": 0.01}),
     "v32-fp8": (Sizes("deepseek_v32"), {"format": "fp8"}),
 }
 GREEDY = SamplingParams(temperature=0.0)
