@@ -43,6 +43,7 @@ SMALL_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "chat_template.jinja",
+    "encoding/encoding_dsv4.py",  # of DeepSeek V4: texts of its chat format, never run
     "original/config.json",
 )
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

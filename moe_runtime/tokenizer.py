@@ -35,6 +35,19 @@ _NAMED_TOKENS = (
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
+class ChatRenderer(Protocol):
+    """What turns a chat into a prompt: a ChatTemplate, or code of a family without one."""
+
+    @property
+    def source(self) -> str:
+        """The template's text, "" if there is none."""
+        ...
+
+    def render(self, variables: Mapping[str, Any]) -> str:
+        """The prompt's text; ValueError of one line for messages that it does not take."""
+        ...
+
+
 class Tokenizer:
     """A tokenizer with its chat template; made by `load_tokenizer` or `Tokenizer.from_json`."""
 
@@ -44,11 +57,13 @@ class Tokenizer:
         *,
         chat_templates: Mapping[str, str] | None = None,
         named_tokens: Mapping[str, str] | None = None,
+        chat_code: ChatRenderer | None = None,
         byte_level: bool = False,
     ) -> None:
         self._model = model
         self._encode_lock = threading.Lock()  # encode_special_tokens is a setting of the model
         self._chat_templates = dict(chat_templates or {})
+        self._chat_code = chat_code  # for a checkpoint without templates
         self.named_tokens = dict(named_tokens or {})  # {"eos_token": "<|return|>", ...}
         self._byte_level = byte_level
         added = model.get_added_tokens_decoder()
@@ -63,6 +78,7 @@ class Tokenizer:
         *,
         chat_templates: Mapping[str, str] | None = None,
         named_tokens: Mapping[str, str] | None = None,
+        chat_code: ChatRenderer | None = None,
     ) -> Tokenizer:
         """A tokenizer from the text of tokenizer.json; raises CheckpointError if it is broken."""
         try:
@@ -81,6 +97,7 @@ class Tokenizer:
             model,
             chat_templates=chat_templates,
             named_tokens=named_tokens,
+            chat_code=chat_code,
             byte_level=_is_byte_level(decoder),
         )
 
@@ -180,9 +197,11 @@ class Tokenizer:
         pieces = fence.split(template.render(settings | fence.mark(variables)))
         return self._encode_pieces(pieces)
 
-    def _template(self, *, with_tools: bool) -> ChatTemplate:
+    def _template(self, *, with_tools: bool) -> ChatRenderer:
         source = self._chat_templates.get("tool_use") if with_tools else None
         source = source or self.chat_template
+        if source is None and self._chat_code is not None:
+            return self._chat_code
         if source is None:
             raise ValueError(
                 "the checkpoint has no chat template: pass the prompt as text or token ids"
@@ -246,10 +265,13 @@ class CheckpointFiles(Protocol):
         ...
 
 
-def load_tokenizer(checkpoint: CheckpointFiles, vocab_size: int) -> Tokenizer | None:
+def load_tokenizer(
+    checkpoint: CheckpointFiles, vocab_size: int, *, chat_code: ChatRenderer | None = None
+) -> Tokenizer | None:
     """The checkpoint's tokenizer; None if it has none (the model still works on token ids).
 
     vocab_size: V of the model; a tokenizer with larger ids is not this model's: CheckpointError
+    chat_code:  renders chats where the checkpoint has no template
     """
     text = checkpoint.file_text("tokenizer.json")
     if text is None:
@@ -259,6 +281,7 @@ def load_tokenizer(checkpoint: CheckpointFiles, vocab_size: int) -> Tokenizer | 
         text,
         chat_templates=_chat_templates(checkpoint.file_text("chat_template.jinja"), config),
         named_tokens=_named_tokens(config),
+        chat_code=chat_code,
     )
     if tokenizer.num_ids > vocab_size:
         raise CheckpointError(

@@ -19,6 +19,7 @@ from loaders.names import gpt_oss as gpt_oss_names
 from loaders.names.table import LoadPlan, NameTable, match_names
 from loaders.quant_config import check_quantization
 from moe_runtime.config import DecoderConfig
+from moe_runtime.deepseek_v4_chat import ENCODING_FILE, DeepseekV4Chat
 from moe_runtime.models import deepseek_config, deepseek_v4_config, gpt_oss_config
 from moe_runtime.models.deepseek_config import DeepseekConfig
 from moe_runtime.models.deepseek_v2 import DeepseekV2Reference
@@ -28,6 +29,7 @@ from moe_runtime.models.deepseek_v4_config import DeepseekV4Config
 from moe_runtime.models.deepseek_v32 import DeepseekV32Reference
 from moe_runtime.models.gpt_oss import GptOssReference
 from moe_runtime.models.reference_model import ReferenceModel
+from moe_runtime.tokenizer import ChatRenderer
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class ModelFamily:
     # by layout; the names can depend on the config, which is one of this family
     name_tables: Mapping[str, Callable[[Any], NameTable]]
     reference: type[ReferenceModel]
+    # for checkpoints without a chat template: what renders their chats
+    chat_code: Callable[[Checkpoint], ChatRenderer] | None = None
 
 
 def _always(table: NameTable, config: DecoderConfig) -> NameTable:
@@ -59,6 +63,10 @@ def _deepseek_table(make: Callable[..., NameTable], config: DeepseekConfig) -> N
 def _deepseek_v4_table(config: DeepseekV4Config) -> NameTable:
     make = deepseek_v4_names.vendor_names if config.vendor_names else deepseek_v4_names.saved_names
     return make(config.compress_ratios, config.num_hash_layers)
+
+
+def _deepseek_v4_chat(checkpoint: Checkpoint) -> ChatRenderer:
+    return DeepseekV4Chat.of_checkpoint(checkpoint.file_text(ENCODING_FILE))
 
 
 _DEEPSEEK_V3 = ModelFamily(
@@ -98,6 +106,7 @@ MODELS: dict[str, ModelFamily] = {
         deepseek_v4_config.read_config,
         {"huggingface": _deepseek_v4_table},
         DeepseekV4Reference,
+        _deepseek_v4_chat,
     ),
 }
 # Relatives whose names look as if they were here.

@@ -598,7 +598,7 @@ def opened(monkeypatch, tmp_path):
         calls["create_backend"] = (args, arguments)
         return FakeBackend([4, 5, 3], vocab_size=VOCAB)
 
-    found = SimpleNamespace(config=config)
+    found = SimpleNamespace(config=config, family=SimpleNamespace(chat_code=None))
     monkeypatch.setattr(model_module.hub, "resolve", resolve)
     monkeypatch.setattr(model_module, "open_folder", lambda folder: nullcontext(checkpoint))
     monkeypatch.setattr(model_module, "plan_model", lambda *args: found)
