@@ -118,8 +118,9 @@ def command(
     Works from tensor names and shapes, so families that this version cannot run convert too. Reads
     bf16, fp16, fp32, FP8 and FP4 of DeepSeek, compressed-tensors and ModelOpt, and GPT-OSS.
 
-    Writes compressed-tensors, which vLLM, SGLang and transformers open. GPT-OSS keeps its own form:
-    mxfp4 and bf16 open everywhere, its other formats in moe-runtime alone.
+    Writes compressed-tensors, which vLLM and SGLang open; transformers (5.23) opens mxfp4 and
+    fp8-channel of it, and fp8-block with --layout native. GPT-OSS keeps its own form: mxfp4 and
+    bf16 open everywhere, its other formats in moe-runtime alone.
 
     Nothing is written into the output folder before the result is whole. The same command goes on
     after an interruption, also after kill -9, and comes to the same bytes.

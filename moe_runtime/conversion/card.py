@@ -12,10 +12,8 @@ from moe_runtime.conversion.planning import ConversionPlan
 
 _LICENCE = re.compile(r"^(license|license_name|license_link): *(.+)$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
-_OPENED_BY = {
-    COMPRESSED_TENSORS: "vLLM, SGLang and transformers (with compressed-tensors)",
-    DEEPSEEK: "vLLM, SGLang and transformers, as FP8 checkpoints of DeepSeek and Qwen are",
-}
+# transformers 5.23 decodes experts of these; of the others it reads the scales wrong.
+_TRANSFORMERS = ("mxfp4", "fp8-channel")
 
 
 def model_card(
@@ -65,11 +63,21 @@ def _front_matter(plan: ConversionPlan, files: CheckpointFiles, hub_id: str | No
 
 
 def _opened_by(plan: ConversionPlan) -> str:
-    if plan.options.target == "bf16":
+    target = plan.options.target
+    if target == "bf16":
         return "Opened by whatever opens the unquantized model."
-    if plan.layout in _OPENED_BY:
-        return f"Opened by {_OPENED_BY[plan.layout]}."
-    if plan.options.target == "mxfp4":
+    if plan.layout == DEEPSEEK:
+        return (
+            "In the form of DeepSeek's FP8 checkpoints, which vLLM, SGLang and transformers open."
+        )
+    if plan.layout == COMPRESSED_TENSORS:
+        if target in _TRANSFORMERS:
+            return "In the compressed-tensors form that vLLM, SGLang and transformers open."
+        return (
+            "In the compressed-tensors form that vLLM and SGLang open. transformers (5.23) does "
+            f"not read experts in {target} rightly."
+        )
+    if target == "mxfp4":
         return "Opened by whatever opens GPT-OSS as published."
     return "Opened by moe-runtime alone: GPT-OSS has no form in this format that others read."
 

@@ -10,7 +10,7 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,12 +101,22 @@ def memory_bytes(plan: ConversionPlan, num_threads: int) -> int:
 
 
 def disk_bytes(plan: ConversionPlan, source: Source) -> int:
-    """Free disk that a conversion needs: the result, and of a hub model the shards of the moment.
+    """Free disk that a conversion needs: the result, and fetched shards of the moment."""
+    return plan.output_bytes + _RESERVE_BYTES + _most_held_bytes(plan.tasks, source)
 
-    Two of them: a weight may reach over the end of one.
-    """
-    sizes = sorted((source.size(file) for file in plan.files), reverse=True)
-    return plan.output_bytes + _RESERVE_BYTES + (sum(sizes[:2]) if source.remote else 0)
+
+def _most_held_bytes(tasks: Sequence[Task], source: Source) -> int:
+    """The largest sum of fetched files: those whose weights reach over two are held together."""
+    if not source.remote:
+        return 0
+    last_use = {file: number for number, task in enumerate(tasks) for file in task.files}
+    held: set[str] = set()
+    most = 0
+    for number, task in enumerate(tasks):
+        if not task.files <= held:
+            held = {file for file in held if last_use[file] >= number} | task.files
+            most = max(most, sum(source.size(file) for file in held))
+    return most
 
 
 class _Conversion:
@@ -250,10 +260,7 @@ class _Conversion:
     def _require_space(self, todo: list[Shard]) -> None:
         """Raise ConversionError when what is still to be written does not fit the disk."""
         needed = sum(shard.nbytes for shard in todo) + _RESERVE_BYTES
-        if self.source.remote:
-            files = {file for shard in todo for task in shard.tasks for file in task.files}
-            sizes = sorted((self.source.size(f) for f in files - self.held), reverse=True)
-            needed += sum(sizes[:2])
+        needed += _most_held_bytes([task for shard in todo for task in shard.tasks], self.source)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ConversionError(

@@ -278,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
         hang = self.hub.hang_after.get(name)
         limit = drops.pop(0) if drops else hang if hang is not None else len(body)
         self._write(body[:limit])
-        if hang is not None and not self.hub.released.is_set():
+        if hang is not None and limit < len(body) and not self.hub.released.is_set():
             self.hub.hanging.set()
             self.hub.released.wait(30)
         if limit < len(body):

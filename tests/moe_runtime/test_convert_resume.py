@@ -1,0 +1,322 @@
+"""`convert` interrupted in every way: killed, disk full, locked out, source changed, hub gone."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from moe_runtime.conversion import convert as module
+from moe_runtime.conversion import folders
+from moe_runtime.conversion.convert import convert
+from moe_runtime.conversion.errors import ConversionError
+from moe_runtime.conversion.folders import locked, partial_folder
+from moe_runtime.conversion.journal import JOURNAL, Journal
+from moe_runtime.conversion.options import ConversionOptions
+from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
+from tests.oracles.tiny_moe import config, stacked, tiny_tensors, write_tiny_moe
+
+SHARD_BYTES = 60_000
+NUM_KILLS = 20
+
+
+@pytest.fixture
+def source(tmp_path):
+    write_tiny_moe(tmp_path / "source")
+    return tmp_path / "source"
+
+
+@pytest.fixture
+def options():
+    return ConversionOptions("nvfp4", shard_bytes=SHARD_BYTES)
+
+
+def content(folder):
+    """Hash of every file by name."""
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir()}
+
+
+def run(source, options, name="out", **more):
+    output = source.parent / name
+    convert(str(source), output, options, progress=False, **more)
+    return output
+
+
+@pytest.fixture(scope="module")
+def forks():
+    """Ask for a conversion in a fork of its own, which may be killed."""
+    command = [sys.executable, "-m", "tests.moe_runtime.convert_child"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+
+        def ask(source, output, kill_at=None):
+            request = {
+                **{"source": str(source), "output": str(output), "to": "nvfp4"},
+                **{"shard_bytes": SHARD_BYTES, "kill_at": kill_at},
+            }
+            print(json.dumps(request), file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+
+        yield ask
+        process.stdin.close()
+
+
+def test_killed_at_random_moments_it_comes_to_the_same_bytes(source, forks, tmp_path):
+    whole = forks(source, tmp_path / "whole")
+    assert whole["status"] == 0
+    expected = content(tmp_path / "whole")
+    moments = random.Random(0).sample(range(1, whole["calls"] + 1), NUM_KILLS)
+    for moment in [*moments, 1, 2, 3, whole["calls"]]:
+        output = tmp_path / f"killed-{moment}"
+        assert forks(source, output, kill_at=moment)["killed"]
+        if moment < whole["calls"] - 2:
+            assert not output.exists(), "the name appears when the whole is there"
+        again = forks(source, output)
+        assert again["status"] == 0
+        assert content(output) == expected, f"killed at call {moment}"
+        assert not partial_folder(output).exists()
+        shutil.rmtree(output, ignore_errors=True)
+
+
+def test_killed_again_and_again_it_gets_on(source, forks, tmp_path):
+    whole = forks(source, tmp_path / "whole")
+    each = whole["calls"] // 2
+    output, kills = tmp_path / "out", 0
+    while (state := forks(source, output, kill_at=each))["killed"]:
+        kills += 1
+        assert kills < 10
+    assert state["status"] == 0 and kills >= 1
+    assert content(output) == content(tmp_path / "whole")
+
+
+def test_finished_shards_are_not_written_again(source, options, monkeypatch):
+    output = run(source, options, name="whole")
+    fill_disk_after(monkeypatch, 3)
+    with pytest.raises(ConversionError, match="is full"):
+        run(source, options)
+    monkeypatch.undo()
+    partial = partial_folder(source.parent / "out")
+    done = Journal.load(partial).done
+    times = {name: (partial / name).stat().st_mtime_ns for name in done}
+    assert len(done) == 3
+    again = run(source, options)
+    assert {name: (again / name).stat().st_mtime_ns for name in done} == times
+    assert content(again) == content(output)
+
+
+def fill_disk_after(monkeypatch, shards):
+    """Let some shards be finished; the next write finds the disk full."""
+    left, pwrite = [shards], os.pwrite
+
+    def add(journal, *arguments, original=Journal.add):
+        left[0] -= 1
+        original(journal, *arguments)
+
+    def write(*arguments):
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(*arguments)
+
+    monkeypatch.setattr(Journal, "add", add)
+    monkeypatch.setattr(os, "pwrite", write)
+
+
+def test_a_torn_journal_costs_its_last_shard(source, options, monkeypatch):
+    output = run(source, options, name="whole")
+    fill_disk_after(monkeypatch, 3)
+    with pytest.raises(ConversionError):
+        run(source, options)
+    monkeypatch.undo()
+    partial = partial_folder(source.parent / "out")
+    journal = partial / JOURNAL
+    journal.write_bytes(journal.read_bytes()[:-7])
+    first = next(iter(Journal.load(partial).done))
+    (partial / first).write_bytes(b"short")  # a disk that lied
+    assert len(Journal.load(partial).done) == 1
+    assert content(run(source, options)) == content(output)
+
+
+def test_a_disk_that_is_too_small_is_known_before(source, options, monkeypatch):
+    fake = SimpleNamespace(disk_usage=lambda path: SimpleNamespace(free=10_000))
+    monkeypatch.setattr(module, "shutil", fake)
+    with pytest.raises(ConversionError, match=r"0\.07 GB are still to be written.*0\.00 GB free"):
+        run(source, options)
+    assert content(partial_folder(source.parent / "out")).keys() == {JOURNAL}
+
+
+def test_a_folder_that_cannot_be_written(source, options, monkeypatch):
+    def mkdir(path, *arguments):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    with pytest.raises(ConversionError, match="cannot be written: Permission denied"):
+        run(source, options)
+
+
+def test_two_at_once(source, options):
+    partial = partial_folder(source.parent / "out")
+    with (
+        locked(partial),
+        pytest.raises(ConversionError, match="another conversion is writing"),
+    ):
+        run(source, options)
+    run(source, options)
+
+
+def test_the_lock_of_a_folder_that_was_moved_away_does_not_count(tmp_path, monkeypatch):
+    partial = tmp_path / "out.partial"
+    flock = folders.fcntl.flock
+
+    def late(opened, how):
+        partial.rename(tmp_path / "out")
+        flock(opened, how)
+
+    monkeypatch.setattr(folders.fcntl, "flock", late)
+    with (
+        pytest.raises(ConversionError, match="another conversion has just finished"),
+        locked(partial),
+    ):
+        pass
+
+
+def test_a_source_that_changes(source, options, monkeypatch):
+    fill_disk_after(monkeypatch, 2)
+    with pytest.raises(ConversionError):
+        run(source, options)
+    monkeypatch.undo()
+    write_tiny_moe(source, tiny_tensors(seed=1))
+    with pytest.raises(ConversionError, match="changed since the conversion began") as caught:
+        run(source, options)
+    assert "--no-resume" in caught.value.hint
+    output = run(source, options, resume=False)
+    assert content(output) == content(run(source, options, name="fresh"))
+
+
+def test_a_source_that_changes_while_it_is_read(source, options, monkeypatch):
+    def add(journal, *arguments, original=Journal.add):
+        os.utime(next(source.glob("*.safetensors")), ns=(1, 1))
+        original(journal, *arguments)
+
+    monkeypatch.setattr(Journal, "add", add)
+    with pytest.raises(ConversionError, match="changed while it was converted"):
+        run(source, options)
+    assert not (source.parent / "out").exists()
+
+
+def test_another_conversion_is_not_continued(source, options, monkeypatch):
+    fill_disk_after(monkeypatch, 1)
+    with pytest.raises(ConversionError):
+        run(source, options)
+    monkeypatch.undo()
+    with pytest.raises(ConversionError, match="unfinished conversion with other options"):
+        run(source, ConversionOptions("mxfp4"))
+    run(source, ConversionOptions("mxfp4"), resume=False)
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(source, options):
+    partial = partial_folder(source.parent / "out")
+    partial.mkdir()
+    (partial / "thesis.txt").write_text("years of work")
+    for resume in (True, False):
+        with pytest.raises(ConversionError, match=r"holds thesis\.txt and no journal"):
+            run(source, options, resume=resume)
+
+
+def test_a_finished_conversion_is_not_done_again(source, options):
+    output = run(source, options)
+    times = {path: path.stat().st_mtime_ns for path in output.iterdir()}
+    run(source, options)
+    assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == times
+
+
+def test_memory_is_bounded(tmp_path):
+    """A stacked tensor of 50 MB in fp32 is converted in chunks: far below its decoded size."""
+    code = """
+import resource, sys
+from pathlib import Path
+from moe_runtime.conversion import work
+from moe_runtime.conversion.convert import convert
+from moe_runtime.conversion.options import ConversionOptions
+work.CHUNK_WEIGHTS = 1 << 16
+def peak():
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+convert(sys.argv[1], Path(sys.argv[2] + "-small"), ConversionOptions("mxfp4"), progress=False)
+before = peak()
+convert(sys.argv[3], Path(sys.argv[2]), ConversionOptions("mxfp4"), progress=False)
+print(peak() - before)
+"""
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs Linux's /proc")
+    tensors = stacked(tiny_tensors(d=512, f=4096, layers=1))
+    write_tiny_moe(tmp_path / "large", tensors, settings=config(d=512, f=4096, layers=1))
+    write_tiny_moe(tmp_path / "small")
+    arguments = [str(tmp_path / name) for name in ("small", "out", "large")]
+    told = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, capture_output=True
+    )
+    assert told.returncode == 0, told.stderr
+    decoded = 4 * tensors["model.layers.0.mlp.experts.gate_up_proj"].numel()
+    assert decoded > 60_000_000
+    assert 1024 * int(told.stdout) < decoded / 4
+
+
+@pytest.fixture
+def hub(source):
+    # shards of more than the 100 kB in which headers are read
+    write_tiny_moe(source, tiny_tensors(d=256, f=128), settings=config(d=256, f=128))
+    files = {path.name: path.read_bytes() for path in source.iterdir()}
+    with serve(FakeHub(repos={"acme/tiny": files})) as running:
+        yield running
+
+
+def convert_from_hub(hub, output, cache, wait=True):
+    command = [sys.executable, "-m", "moe_runtime", "convert", "acme/tiny"]
+    command += ["--to", "nvfp4", "--shard-size", "60kB", "--output", str(output)]
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=client_environment(hub, cache), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    if not wait:
+        return process
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    return process
+
+
+def weights(folder):
+    return {name: digest for name, digest in content(folder).items() if "model" in name}
+
+
+def test_from_the_hub_a_shard_at_a_time_and_after_a_kill(source, hub, options, tmp_path):
+    """The second shard hangs in the middle; killed there, the next run goes on from that byte."""
+    shards = sorted(path.name for path in source.glob("*.safetensors"))
+    hub.hang_after[shards[1]] = 300_000
+    output, cache = tmp_path / "from-hub", tmp_path / "cache"
+    process = convert_from_hub(hub, output, cache, wait=False)
+    assert hub.hanging.wait(60)
+    process.kill()
+    process.communicate()
+    here = [path.name for path in (tmp_path / "from-hub.partial" / "source_shards").iterdir()]
+    assert len([name for name in here if "." not in name]) <= 2
+    hub.hang_after.clear()
+    hub.released.set()
+    convert_from_hub(hub, output, cache)
+    assert weights(output) == weights(run(source, options))
+    resumed = [r for r in hub.ranges(shards[1]) if r and not r.startswith("bytes=0-")]
+    assert resumed, "what had arrived was not fetched again"
+    assert not (output / "source_shards").exists()
+    assert "base_model: acme/tiny" in (output / "README.md").read_text()
+
+
+def test_dropped_connections_are_taken_up_again(source, hub, options, tmp_path):
+    for name in hub.repos["acme/tiny"]:
+        if name.endswith(".safetensors"):
+            hub.drop_after[name] = [100_000, 150_000, 50_000]
+    convert_from_hub(hub, tmp_path / "from-hub", tmp_path / "cache")
+    assert weights(tmp_path / "from-hub") == weights(run(source, options))
