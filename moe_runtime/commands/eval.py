@@ -109,7 +109,7 @@ def describe(found: Evaluation) -> list[str]:
         lines += [
             f"  perplexity of the second  {found.reference_perplexity:.4f} "
             f"(ratio {found.perplexity / found.reference_perplexity:.4f})",
-            f"  KL from the second        {found.kl:.3e} nats a token, at most {found.largest_kl:.3e}",
+            f"  KL from the second        {found.kl:.3e} nats, at most {found.largest_kl:.3e}",
             f"  top-1 agreement           {100 * found.top1_agreement:.2f} %",
         ]
     rate = found.tokens / max(found.seconds, 1e-9)

@@ -38,7 +38,7 @@ def page(report: Mapping[str, Any]) -> str:
     title = "Conversion report"
     body = [
         f"<h1>{title}</h1>",
-        f"<p>{_counts(totals)} {_size(totals['source_bytes'])} became {_size(totals['bytes'])}.</p>",
+        f"<p>{_counts(totals)}</p>",
         _meta(report["meta"]),
         "<h2>By component</h2>",
         _component_table(report["components"]),
@@ -56,7 +56,8 @@ def page(report: Mapping[str, Any]) -> str:
 def _counts(totals: Mapping[str, Any]) -> str:
     return (
         f"{totals['converted']} weights were converted, {totals['copied']} copied as they are, "
-        f"{totals['skipped']} skipped."
+        f"{totals['skipped']} skipped. {_size(totals['source_bytes'])} became "
+        f"{_size(totals['bytes'])}."
     )
 
 
