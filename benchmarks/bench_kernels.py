@@ -1,7 +1,8 @@
-"""Time of every prefill kernel at full size on one GPU, for several tiles each.
+"""Time of every prefill kernel at full size on one GPU, for several tiles each; experts of decode.
 
     python benchmarks/bench_kernels.py --shape 20b                 (about a minute)
     python benchmarks/bench_kernels.py --shape 120b --only moe --tokens 2048
+    python benchmarks/bench_kernels.py --only moe --tokens 2048 --one-tile --formats mxfp4 nvfp4
 
 Weights are random. Every configuration is first compared with its plain-torch twin on the whole
 problem; a wrong kernel stops the run. Each measurement is the median of 15 replays of a CUDA graph
@@ -18,20 +19,23 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from kernels import moe_gemm, rms_norm, rope_kv, sink_attention_prefill
+from kernels import moe_gemm, moe_gemv, rms_norm, rope_kv, sink_attention_prefill
 from kernels.moe_routing import Routing, route_tokens
+from kernels.packed_vector import pack_vector
 from kernels.reference import moe_gemm as moe_twin
+from kernels.reference import moe_gemv as gemv_twin
 from kernels.reference import rms_norm as norm_twin
 from kernels.reference import rope_kv as rope_twin
 from kernels.reference import sink_attention_prefill as attention_twin
-from quant.formats import MXFP4
+from quant.codecs import CODECS
+from quant.formats import FORMATS, MXFP4
 from quant.tensor import QuantTensor
 from tests.tolerances import assert_close
 
@@ -89,20 +93,21 @@ class Layer:
     down_bias: Tensor
 
 
-def random_mxfp4(experts: int, rows: int, columns: int) -> QuantTensor:
-    values = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8, device=DEVICE)
-    # 2^-9 to 2^-6, as published weights have: activations stay of the order of 1.
-    scales = torch.randint(
-        118, 122, (experts, rows, columns // 32), dtype=torch.uint8, device=DEVICE
-    )
-    return QuantTensor(values, scales, MXFP4, (experts, rows, columns))
+def random_experts(format: str, experts: int, rows: int, columns: int) -> QuantTensor:
+    """Weights of about 0.02, so that activations stay of the order of 1; every fourth is equal."""
+    few = CODECS[format].encode(torch.randn(4, rows, columns, device=DEVICE) * 0.02)
+    times = (experts // 4, 1, 1)
+    scales = None if few.scales is None else few.scales.repeat(times)
+    shape = (experts, rows, columns)
+    return replace(few, values=few.values.repeat(times), scales=scales, shape=shape)
 
 
-def random_layer(experts: int) -> Layer:
+def random_layer(experts: int, format: str) -> Layer:
     def bias(width: int) -> Tensor:
         return torch.randn(experts, width, device=DEVICE).bfloat16()
 
-    return Layer(random_mxfp4(experts, 2 * F, D), bias(2 * F), random_mxfp4(experts, D, F), bias(D))
+    gate_up, down = (random_experts(format, experts, *s) for s in ((2 * F, D), (D, F)))
+    return Layer(gate_up, bias(2 * F), down, bias(D))
 
 
 def median_us(run: Callable[[], object], repeats: int = 15) -> float:
@@ -122,6 +127,40 @@ def median_us(run: Callable[[], object], repeats: int = 15) -> float:
         if i >= 3:
             times.append(begin.elapsed_time(end) * 1e3)
     return statistics.median(times)
+
+
+def bench_decode_experts(layers: list[Layer], experts: int) -> list[Row]:
+    """Both halves of one token's experts."""
+    packed = pack_vector(torch.randn(D, device=DEVICE) * 4096)
+    unscale = torch.full((1,), 2.0**-12, device=DEVICE)
+    ids = torch.randperm(experts, device=DEVICE)[:K].to(torch.int32)
+    weights = torch.rand(K, device=DEVICE)
+    hidden = torch.zeros(K, 4, F // 8, 2, dtype=torch.float16, device=DEVICE)
+    residual = torch.zeros(D, device=DEVICE)
+
+    def gate_up(layer: Layer, module=moe_gemv) -> Tensor:
+        return module.moe_gate_up(
+            packed, unscale, layer.gate_up, layer.gate_up_bias, ids, hidden, **SWIGLU
+        )
+
+    def down(layer: Layer, module=moe_gemv) -> Tensor:
+        out = residual if module is moe_gemv else residual.clone()
+        return module.moe_down(
+            hidden, layer.down, layer.down_bias, ids, weights, out, limit=SWIGLU["limit"]
+        )
+
+    rows = []
+    for name, run, weight in (
+        ("decode gate_up", gate_up, layers[0].gate_up),
+        ("decode down", down, layers[0].down),
+    ):
+        residual.zero_()
+        expected = run(layers[0], gemv_twin).clone()
+        assert_close(run(layers[0]), expected, "moe_gemv_mxfp4")
+        us = median_us(functools.partial(run_all, run, layers)) / len(layers)
+        read = weight.nbytes * K // experts
+        rows.append(Row(f"{name} {weight.format.name}", 1, "", us, None, read / us / 1e3))
+    return rows
 
 
 def bench_moe(layers: list[Layer], experts: int, tokens: int, all_tiles: bool) -> list[Row]:
@@ -175,14 +214,16 @@ def moe_rows(
     used += int(routing.block_expert[-1]) < layers[0].gate_up.shape[0]
     rows = []
     try:
-        for name, run, width, wanted in (
-            ("moe gate_up", gate_up, 2 * F, expected[0]),
-            ("moe down", down, D, expected[1]),
+        for name, run, weight, wanted in (
+            ("moe gate_up", gate_up, layers[0].gate_up, expected[0]),
+            ("moe down", down, layers[0].down, expected[1]),
         ):
             assert_close(run(layers[0]), wanted, "moe_gemm_mxfp4_bf16")
             us = median_us(functools.partial(run_all, run, layers)) / len(layers)
-            flops = 2 * tokens * K * width * D
-            weight_bytes = used * width * D * 17 // 32
+            flops = 2 * tokens * K * weight.shape[1] * D
+            weight_bytes = weight.nbytes * used // weight.shape[0]
+            if weight.format is not MXFP4:
+                name += f" {weight.format.name}"
             label = f"M {block} N {tile.block_n} K {tile.block_k} w {tile.num_warps}"
             label += f" s {tile.num_stages}"
             rows.append(Row(name, tokens, label, us, flops / us / 1e6, weight_bytes / us / 1e3))
@@ -279,6 +320,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="*", default=[2048, 512, 128, 10])
     parser.add_argument("--only", choices=["moe", "attention", "small"])
     parser.add_argument("--layers", type=int, default=2, help="sets of expert weights")
+    parser.add_argument(
+        "--formats", nargs="*", choices=FORMATS, default=["mxfp4"], help="of the experts"
+    )
     parser.add_argument("--one-tile", action="store_true", help="the first tile of each kind only")
     parser.add_argument("--csv", type=pathlib.Path, help="append the rows here")
     arguments = parser.parse_args()
@@ -289,13 +333,15 @@ def main() -> None:
     experts = EXPERTS[arguments.shape]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, gpt-oss-{arguments.shape}")
     rows: list[Row] = []
-    layers = [] if arguments.only in ("attention", "small") else [
-        random_layer(experts) for _ in range(arguments.layers)
-    ]  # fmt: skip
+    all_tiles = not arguments.one_tile
+    if arguments.only in (None, "moe"):
+        for format in arguments.formats:
+            layers = [random_layer(experts, format) for _ in range(arguments.layers)]
+            rows += bench_decode_experts(layers, experts)
+            for tokens in arguments.tokens:
+                rows += bench_moe(layers, experts, tokens, all_tiles)
+            del layers
     for index, tokens in enumerate(arguments.tokens):
-        all_tiles = not arguments.one_tile
-        if layers:
-            rows += bench_moe(layers, experts, tokens, all_tiles)
         if arguments.only in (None, "attention"):
             rows += bench_attention(tokens, 0, all_tiles and index == 0)
             if index == 0:

@@ -1,0 +1,93 @@
+"""Experts in every format on a GPU: kernels at full width against twins, models against reference.
+
+Emulated PTX and the interpreter cover the arithmetic elsewhere; here is the compiled code.
+"""
+
+import pytest
+import torch
+import triton
+
+from kernels import moe_gemm, moe_gemv
+from kernels.moe_routing import route_tokens
+from kernels.packed_vector import pack_vector
+from kernels.reference import moe_gemm as gemm_twin
+from kernels.reference import moe_gemv as gemv_twin
+from moe_runtime import MoeModel
+from quant.codecs import CODECS
+from quant.formats import FORMATS
+from tests.oracles.expert_formats import write_with_experts
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+EXPERTS, TOP_K, WIDTH = 6, 4, 2880  # the width of gpt-oss, model and experts
+SWIGLU = {"limit": 7.0, "alpha": 1.702}
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def layer(request):
+    """gate_up, its bias, down, its bias; rows and columns differ in size from block to block."""
+    torch.manual_seed(0)
+
+    def experts(rows):
+        weight = torch.randn(EXPERTS, rows, WIDTH, device="cuda") * 0.02
+        weight *= torch.exp2(torch.randint(-3, 2, (EXPERTS, rows, 1), device="cuda").float())
+        weight *= torch.exp2(torch.arange(WIDTH, device="cuda") // 16 % 3).float()
+        return CODECS[request.param].encode(weight)
+
+    biases = (torch.randn(EXPERTS, rows, device="cuda").bfloat16() for rows in (2 * WIDTH, WIDTH))
+    return experts(2 * WIDTH), next(biases), experts(WIDTH), next(biases)
+
+
+def test_one_token_at_full_width(layer):
+    gate_up, gate_up_bias, down, down_bias = layer
+    ids = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device="cuda")
+    mixing = torch.rand(TOP_K, device="cuda")
+    packed = pack_vector(torch.randn(WIDTH, device="cuda") * 4096)
+    unscale = torch.full((1,), 2.0**-12, device="cuda")
+    hidden = torch.full((TOP_K, 4, WIDTH // 8, 2), torch.nan, dtype=torch.float16, device="cuda")
+    expected = hidden.clone()
+    for module, out in ((moe_gemv, hidden), (gemv_twin, expected)):
+        module.moe_gate_up(packed, unscale, gate_up, gate_up_bias, ids, out, **SWIGLU)
+    assert_close(hidden, expected, "moe_gemv_mxfp4")
+    residual = torch.randn(WIDTH, device="cuda")
+    twin_residual = residual.clone()
+    moe_gemv.moe_down(expected, down, down_bias, ids, mixing, residual, limit=7.0)
+    gemv_twin.moe_down(expected, down, down_bias, ids, mixing, twin_residual, limit=7.0)
+    assert_close(residual, twin_residual, "moe_gemv_mxfp4")
+
+
+@pytest.mark.parametrize("block_rows", list(moe_gemm.TILES))
+def test_many_tokens_at_full_width(layer, block_rows):
+    gate_up, gate_up_bias, down, down_bias = layer
+    x = torch.randn(150, WIDTH, device="cuda").bfloat16()
+    routing = route_tokens(torch.randn(150, EXPERTS, device="cuda"), TOP_K, block_rows)
+    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    assert_close(hidden, expected, "moe_gemm_mxfp4_bf16")
+    outputs = moe_gemm.moe_gemm_down(expected, down, down_bias, routing)
+    expected = gemm_twin.moe_gemm_down(expected, down, down_bias, routing)
+    assert_close(outputs, expected, "moe_gemm_mxfp4_bf16")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_tiny_models(tmp_path, monkeypatch, format):
+    shape = {"d": 160, "f": 96, "heads": 8, "kv": 2, "hd": 64, "window": 16}
+    write_with_experts(tmp_path, format, **shape)
+    ids = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    with (
+        MoeModel.from_pretrained(tmp_path, device="cpu", backend="reference") as reference,
+        MoeModel.from_pretrained(tmp_path, device="cuda", backend="triton") as model,
+    ):
+        compiled = []
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_cache_hook", lambda **found: compiled.append(found["repr"])
+        )
+        expected = reference.logits(ids)
+        assert_close(model.logits(ids), expected, "model_bf16_random")
+        out = model.generate(ids, max_new_tokens=12, temperature=0.0, ignore_eos=True, logprobs=1)
+        assert compiled == []
+        logits = reference.logits(ids + out.token_ids)[len(ids) - 1 : -1]
+        wanted = logits.log_softmax(-1).gather(-1, torch.tensor(out.token_ids)[:, None])[:, 0]
+        actual = torch.tensor([entry.logprob for entry in out.logprobs])
+        assert_close(actual.exp(), wanted.exp(), "model_bf16_random")
