@@ -31,7 +31,8 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """The prompt's token ids, each below vocab_size; raises ValueError with what is wrong.
 
-    A text is encoded as it is; messages go through the chat template, with tools and options.
+    A text is encoded as it is, after the bos token if tokenizer_config.json has add_bos_token true
+    (DeepSeek V2 and V3). Messages go through the chat template, with tools and options.
     """
     items = _items(prompt)
     is_chat = not isinstance(items, str) and isinstance(items[0], Mapping)
@@ -45,6 +46,8 @@ def encode_prompt(
         )
     if isinstance(items, str):
         ids = tokenizer.encode(items)
+        if tokenizer.bos_id is not None and ids[:1] != [tokenizer.bos_id]:
+            ids = [tokenizer.bos_id, *ids]
     else:
         ids = tokenizer.apply_chat_template(items, tools=tools, template_options=template_options)
     if not ids:

@@ -59,6 +59,7 @@ class Tokenizer:
         named_tokens: Mapping[str, str] | None = None,
         chat_code: ChatRenderer | None = None,
         byte_level: bool = False,
+        add_bos: bool = False,
     ) -> None:
         self._model = model
         self._encode_lock = threading.Lock()  # encode_special_tokens is a setting of the model
@@ -66,6 +67,7 @@ class Tokenizer:
         self._chat_code = chat_code  # for a checkpoint without templates
         self.named_tokens = dict(named_tokens or {})  # {"eos_token": "<|return|>", ...}
         self._byte_level = byte_level
+        self._add_bos = add_bos
         added = model.get_added_tokens_decoder()
         self._special = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special)
@@ -79,8 +81,12 @@ class Tokenizer:
         chat_templates: Mapping[str, str] | None = None,
         named_tokens: Mapping[str, str] | None = None,
         chat_code: ChatRenderer | None = None,
+        add_bos: bool = False,
     ) -> Tokenizer:
-        """A tokenizer from the text of tokenizer.json; raises CheckpointError if it is broken."""
+        """A tokenizer from the text of tokenizer.json; raises CheckpointError if it is broken.
+
+        add_bos: whether texts that are not chats begin with bos_token (see bos_id)
+        """
         try:
             model = tokenizers.Tokenizer.from_str(tokenizer_json)
             decoder = json.loads(model.decoder.__getstate__()) if model.decoder else None
@@ -98,6 +104,7 @@ class Tokenizer:
             chat_templates=chat_templates,
             named_tokens=named_tokens,
             chat_code=chat_code,
+            add_bos=add_bos,
             byte_level=_is_byte_level(decoder),
         )
 
@@ -110,6 +117,15 @@ class Tokenizer:
     def chat_template(self) -> str | None:
         """The Jinja source of the checkpoint's chat template, if it has one."""
         return self._chat_templates.get("default")
+
+    @property
+    def bos_id(self) -> int | None:
+        """The id that goes before a text; None if the checkpoint asks for none.
+
+        Chats are not meant: a template writes it itself.
+        """
+        token = self.named_tokens.get("bos_token")
+        return self.token_id(token) if self._add_bos and token is not None else None
 
     def token_id(self, token: str) -> int | None:
         """The id of a token by its spelling, as `<|start|>`; None if there is none."""
@@ -282,6 +298,7 @@ def load_tokenizer(
         chat_templates=_chat_templates(checkpoint.file_text("chat_template.jinja"), config),
         named_tokens=_named_tokens(config),
         chat_code=chat_code,
+        add_bos=config.get("add_bos_token") is True,
     )
     if tokenizer.num_ids > vocab_size:
         raise CheckpointError(

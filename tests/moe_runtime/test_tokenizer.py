@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loaders.errors import CheckpointError
+from moe_runtime.prompt import encode_prompt
 from moe_runtime.tokenizer import Tokenizer, load_tokenizer
 from tests.moe_runtime.text_helpers import (
     HARMONY_TOKENS,
@@ -268,3 +269,16 @@ def test_generation_prompt_is_the_default():
     with_prompt = TOKENIZER.apply_chat_template(messages)
     without = TOKENIZER.apply_chat_template(messages, add_generation_prompt=False)
     assert with_prompt == without + TOKENIZER.encode("<|start|>assistant")
+
+
+@pytest.mark.parametrize("asked", [True, False, None])
+def test_a_text_begins_with_bos_where_the_checkpoint_asks_for_it(asked):
+    """DeepSeek V3 has no such rule in tokenizer.json, and fails without the token."""
+    config = {"bos_token": {"content": "<|start|>"}, "add_bos_token": asked}
+    files = Files(tokenizer__json=byte_level_json(), tokenizer_config__json=json.dumps(config))
+    tokenizer = load_tokenizer(files, 1000)
+    bos, plain = tokenizer.token_id("<|start|>"), tokenizer.encode("hello")
+    expected = [bos, *plain] if asked else plain
+    for text in ("hello", "<|start|>hello"):
+        encoded = encode_prompt(text, tokenizer, vocab_size=1000).token_ids
+        assert encoded == (expected if text == "hello" else [bos, *plain])
