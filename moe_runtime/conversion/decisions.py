@@ -51,8 +51,9 @@ def decide(weight: LogicalTensor, role: str, options: ConversionOptions) -> Deci
     wanted = _wanted_format(weight, role, options)
     if isinstance(wanted, str):
         return Decision(weight.format, False, wanted)
-    if weight.format is wanted:
-        return Decision(wanted, False, f"in {wanted.name} already")
+    # Scales that are powers of two are written as floats: exact.
+    if weight.format is wanted or (wanted, weight.format) == (FP8_BLOCK128, FP8_BLOCK128_E8M0):
+        return Decision(weight.format, False, f"in {wanted.name} already")
     _require_fit(weight, wanted)
     from_4_bits = weight.format is not None and weight.format.value_bits == 4
     if from_4_bits and wanted is not BF16 and "requantize" not in options.allow:

@@ -209,19 +209,32 @@ def plan_conversion(checkpoint: Checkpoint, options: ConversionOptions) -> Conve
     check_inventory(kept, roles, config, options)
     layout = choose_layout(kept, roles, config, options)
     tasks = list(_tasks(kept, roles, config, options, layout))
-    if not any(output.converts for task in tasks for output in task.outputs):
-        raise UnsupportedModelError(
-            f"nothing to convert to {options.target}: no weight of routed experts that is not in "
-            "it already",
-            hint=None
-            if options.target == "bf16"
-            else "--dense fp8-block converts attention and dense matrices",
-        )
+    _require_work(tasks, options)
     files = _files_in_order(tasks)
     order = {file: number for number, file in enumerate(files)}
     tasks.sort(key=lambda task: _position(task, order))
     shards = _shards(tasks, options.shard_bytes)
     return ConversionPlan(options, layout, shards, tuple(skipped), files, config)
+
+
+def _require_work(tasks: Sequence[Task], options: ConversionOptions) -> None:
+    """Raise UnsupportedModelError when the result would be the source again, under the same names.
+
+    The same numbers in another form are work: FP4 experts of DeepSeek V4 as compressed-tensors.
+    """
+    outputs = [output for task in tasks for output in task.outputs]
+    same_names = all(
+        {part.name for part in output.parts.values()}
+        == {info.name for info in output.source.parts.values()}
+        for output in outputs
+    )
+    if same_names and not any(output.converts for output in outputs):
+        hint = "--dense fp8-block converts attention and dense matrices"
+        raise UnsupportedModelError(
+            f"nothing to convert to {options.target}: no weight of routed experts that is not in "
+            "it already",
+            hint=None if options.target == "bf16" else hint,
+        )
 
 
 def choose_layout(

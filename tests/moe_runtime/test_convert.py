@@ -24,6 +24,8 @@ from quant import formats
 from quant.codecs import CODECS, decode, encode
 from quant.nvfp4 import tensor_scale_for
 from quant.tensor import QuantTensor
+from tests.oracles.tiny_deepseek import Sizes, write_tiny_deepseek
+from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 from tests.oracles.tiny_moe import (
     EXPERTS,
@@ -277,6 +279,57 @@ def test_fp8_source_to_bf16_has_nothing_quantized(tmp_path):
     for name, weight in found.items():
         assert torch.equal(weight, numbers(before[name]).bfloat16()), name
     assert "quantization_config" not in json.loads((output / "config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("family", "to"),
+    [
+        ("deepseek_v3 fp8_e8m0", "mxfp4"),
+        ("deepseek_v32 fp8", "nvfp4"),
+        ("deepseek_v32 fp8", "fp8-block"),
+        ("v4 fp4", "mxfp4"),
+        ("v4 fp4", "bf16"),
+        ("v4 fp8", "nvfp4"),
+        ("v4 fp8", "fp8-block"),
+    ],
+)
+def test_families_of_deepseek(tmp_path, family, to):
+    """From the published forms, MTP and all: experts as the codec makes them, the rest exact."""
+    source = tmp_path / "source"
+    source.mkdir()
+    name, form = family.split()
+    if name == "v4":
+        write_tiny_deepseek_v4(source, expert_dtype=form)
+    else:
+        write_tiny_deepseek(source, Sizes(family=name), format=form)
+    format = formats.TARGETS[to]
+    output, report = run(source, to, allow=frozenset({"requantize"}))
+    before, found = read_all(source), read_all(output)
+    assert found.keys() == before.keys()
+    roles = {record["name"]: record for record in report["tensors"]}
+    for weight_name, weight in before.items():
+        record = roles[weight_name]
+        if record["action"] == "converted":
+            options = {}
+            if to == "nvfp4":
+                options["tensor_scale"] = found[weight_name].tensor_scale
+            expected = decode(encode(numbers(weight), format, **options))
+        else:
+            expected = numbers(weight)
+        assert torch.equal(numbers(found[weight_name]).float(), expected.float()), weight_name
+    experts = [r for r in report["tensors"] if r["component"] == "experts"]
+    assert len(experts) > 50
+    assert {r["format"] for r in experts} <= {format.name, "fp8_block128_e8m0"}
+    written = json.loads((output / "config.json").read_text())
+    assert "expert_dtype" not in written
+
+
+def test_the_same_form_again_is_refused(source):
+    first, _ = run(source, "mxfp4", name="first")
+    with pytest.raises(UnsupportedModelError, match="nothing to convert to mxfp4"):
+        run(first, "mxfp4")
+    with pytest.raises(UnsupportedModelError, match="nothing to convert to bf16"):
+        run(source, "bf16")
 
 
 def test_native_fp8_is_the_form_of_deepseek(source):
