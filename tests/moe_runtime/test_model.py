@@ -619,7 +619,7 @@ def test_from_pretrained(opened):
     assert args[0] is opened.checkpoint and args[1].config is opened.config
     assert arguments == {
         "device": "cpu", "backend": "reference", "dtype": "fp32", "max_context": 64,
-        "progress": False,
+        "activations": "exact", "progress": False,
     }  # fmt: skip
     out = model.generate([1])
     assert (out.token_ids, out.finish_reason) == ([4, 5], "stop")
@@ -628,7 +628,7 @@ def test_from_pretrained(opened):
 
 
 def test_a_wrong_tokenizer_is_found_before_the_weights_are_read(opened, monkeypatch):
-    found = SimpleNamespace(config=tiny_config(100))
+    found = SimpleNamespace(config=tiny_config(100), family=SimpleNamespace(chat_code=None))
     monkeypatch.setattr(model_module, "plan_model", lambda *args: found)
     with pytest.raises(CheckpointError, match="does not match"):
         MoeModel.from_pretrained("owner/name")
