@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,9 +53,7 @@ if TYPE_CHECKING:
 @click.option(
     "--scale-rule",
     type=click.Choice(SCALE_RULES),
-    default="even",
-    show_default=True,
-    help="How mxfp4 and mxfp8 choose the power of two of a block.",
+    help="How mxfp4 and mxfp8 choose the power of two of a block; default: even.",
 )
 @click.option(
     "--scale-search",
@@ -99,7 +98,7 @@ def command(
     output: Path,
     revision: str | None,
     layout: str | None,
-    scale_rule: str,
+    scale_rule: str | None,
     scale_search: str,
     power_of_two_scales: bool,
     keep: tuple[str, ...],
@@ -126,10 +125,8 @@ def command(
     after an interruption, also after kill -9, and comes to the same bytes.
     """
     # Slow imports: torch.
-    from moe_runtime.conversion.convert import DOWNLOADS, convert
-    from moe_runtime.conversion.folders import partial_folder
+    from moe_runtime.conversion.convert import convert, open_for_conversion
     from moe_runtime.conversion.planning import plan_conversion
-    from moe_runtime.conversion.source import open_source
 
     try:
         shard_bytes = parse_size(shard_size)
@@ -147,7 +144,7 @@ def command(
     except ValueError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error
     if dry_run:
-        source = open_source(model, revision, partial_folder(output) / DOWNLOADS)
+        source = open_for_conversion(model, output, revision)
         found = plan_facts(plan_conversion(source.checkpoint, options), source)
         _print(found, f"would write {output}", as_json)
         return 0
@@ -177,7 +174,7 @@ def plan_facts(plan: ConversionPlan, source: Source) -> dict[str, Any]:
         "layout": plan.layout,
         "shards": len(plan.shards),
         "disk_bytes": disk_bytes(plan, source),
-        "memory_bytes": memory_bytes(plan, _num_threads()),
+        "memory_bytes": memory_bytes(plan, os.cpu_count() or 1),
     }
 
 
@@ -229,13 +226,6 @@ def _print(facts: dict[str, Any], headline: str, as_json: bool) -> None:
 
 def _gigabytes(nbytes: int) -> str:
     return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.2f} MB"
-
-
-def _num_threads() -> int:
-    # Slow import: torch.
-    import torch
-
-    return torch.get_num_threads()
 
 
 def _device(name: str) -> str:

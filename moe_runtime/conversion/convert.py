@@ -72,7 +72,7 @@ def convert(
     error or kill the same call goes on with the shard that was being written, to the same bytes.
     """
     partial = partial_folder(output)
-    source = open_source(model, revision, partial / DOWNLOADS)
+    source = open_for_conversion(model, output, revision)
     plan = plan_conversion(source.checkpoint, options)
     finished = already_converted(output, plan.identity)
     if finished is not None:
@@ -87,6 +87,11 @@ def convert(
         report = conversion.write_the_rest()
         move_into_place(partial, output)
     return report
+
+
+def open_for_conversion(model: str, output: Path, revision: str | None) -> Source:
+    """The headers of a model; its shards, if it is on the hub, will come beside the result."""
+    return open_source(model, revision, partial_folder(output) / DOWNLOADS)
 
 
 def memory_bytes(plan: ConversionPlan, num_threads: int) -> int:

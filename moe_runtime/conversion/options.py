@@ -15,6 +15,7 @@ SCALE_RULES = ("floor", "even", "rceil")
 SCALE_SEARCHES = ("none", "mse")
 DENSE = ("keep", "fp8-block")
 MX_TARGETS = ("mxfp4", "mxfp8")
+SEARCHED_TARGETS = (*MX_TARGETS, "nvfp4")
 DEFAULT_SHARD_BYTES = 5_000_000_000
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
@@ -25,7 +26,7 @@ class ConversionOptions:
 
     target: str  # one of TARGETS
     layout: str | None = None  # one of LAYOUTS; None: what the family's engines open
-    scale_rule: str = "even"  # of mxfp4 and mxfp8
+    scale_rule: str | None = None  # of mxfp4 and mxfp8; None: even
     scale_search: str = "none"
     power_of_two_scales: bool = False  # of fp8-block
     keep: tuple[str, ...] = ()  # glob patterns of weights that stay as they are
@@ -37,7 +38,7 @@ class ConversionOptions:
         for value, allowed, what in (
             (self.target, TARGETS, "--to"),
             (self.layout, (None, *LAYOUTS), "--layout"),
-            (self.scale_rule, SCALE_RULES, "--scale-rule"),
+            (self.scale_rule, (None, *SCALE_RULES), "--scale-rule"),
             (self.scale_search, SCALE_SEARCHES, "--scale-search"),
             (self.dense, DENSE, "--dense"),
         ):
@@ -47,12 +48,21 @@ class ConversionOptions:
         for name in self.allow:
             if name not in REFUSALS:
                 raise ValueError(f"--allow {name}: expected one of {', '.join(REFUSALS)}")
+        if self.scale_rule and self.target not in MX_TARGETS:
+            raise ValueError(f"--scale-rule goes with --to {' and '.join(MX_TARGETS)}")
+        if self.scale_search != "none" and self.target not in SEARCHED_TARGETS:
+            raise ValueError(f"--scale-search goes with --to {', '.join(SEARCHED_TARGETS)}")
         if self.power_of_two_scales and self.target != "fp8-block":
             raise ValueError("--power-of-two-scales goes with --to fp8-block")
         if self.target == "bf16" and self.dense != "keep":
             raise ValueError("--dense fp8-block does not go with --to bf16")
         if self.shard_bytes < 1:
             raise ValueError(f"--shard-size: expected at least 1 byte, got {self.shard_bytes}")
+
+    @property
+    def rule(self) -> str | None:
+        """The scale rule in force; None for formats that have none."""
+        return (self.scale_rule or "even") if self.target in MX_TARGETS else None
 
     def keeps(self, name: str) -> bool:
         """Whether --keep names a weight: a glob over the whole name, or a part of it."""
@@ -63,11 +73,10 @@ class ConversionOptions:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, equal for equal conversions."""
-        rule = self.scale_rule if self.target in MX_TARGETS else None
         return {
             "target": self.target,
             "layout": self.layout,
-            "scale_rule": rule,
+            "scale_rule": self.rule,
             "scale_search": self.scale_search,
             "power_of_two_scales": self.power_of_two_scales,
             "keep": sorted(self.keep),

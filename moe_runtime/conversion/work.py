@@ -17,14 +17,14 @@ from torch import Tensor
 from loaders.logical import LogicalTensor
 from loaders.tensor_rows import RowReader, byte_view
 from moe_runtime.conversion.layouts import WRITTEN
-from moe_runtime.conversion.options import MX_TARGETS, ConversionOptions
+from moe_runtime.conversion.options import MX_TARGETS, SEARCHED_TARGETS, ConversionOptions
 from moe_runtime.conversion.planning import Output, Task
 from moe_runtime.conversion.source_checks import (
     check_scales,
     check_shared_scale,
     repaired,
 )
-from quant.codecs import encode
+from quant.codecs import decode, encode
 from quant.e8m0 import decode_e8m0
 from quant.formats import NVFP4
 from quant.nvfp4 import tensor_scale_for
@@ -33,7 +33,6 @@ from quant.tensor import QuantTensor
 
 CHUNK_WEIGHTS = 1 << 21  # weights in hand by one thread
 COPY_BYTES = 1 << 24
-_SEARCHED = (*MX_TARGETS, "nvfp4")
 
 Mapper = Callable[[Callable[[Any], Any], Any], Any]
 
@@ -148,21 +147,21 @@ class Workshop:
 
     def _numbers(self, weight: LogicalTensor, chunk: Chunk) -> Tensor:
         """Rows of a source as finite numbers on the device."""
-        if weight.format is not None:
-            height = weight.format.block[0] if weight.format.block else 1
-            first = chunk.start - chunk.start % height
-            stored = self.reader.rows(weight, chunk.matrix, first, chunk.stop)
-            assert isinstance(stored, QuantTensor)
-            check_scales(weight, stored, self.options)
-        numbers = self.reader.decoded_rows(weight, chunk.matrix, chunk.start, chunk.stop)
+        height = weight.format.block[0] if weight.format and weight.format.block else 1
+        skipped = chunk.start % height  # a read begins with a block
+        found = self.reader.rows(weight, chunk.matrix, chunk.start - skipped, chunk.stop)
+        if isinstance(found, QuantTensor):
+            check_scales(weight, found, self.options)
+            found = decode(found)
+        numbers = found[skipped:].contiguous()
         return repaired(weight, numbers, chunk.matrix, chunk.start, self.options).to(self.device)
 
     def _settings(self, output: Output, whole: Tensor | None) -> dict[str, Any]:
         assert output.format is not None
         settings: dict[str, Any] = {}
         if output.format.name in MX_TARGETS:
-            settings["scale_rule"] = self.options.scale_rule
-        if output.format.name in _SEARCHED and self.options.scale_search != "none":
+            settings["scale_rule"] = self.options.rule
+        if output.format.name in SEARCHED_TARGETS and self.options.scale_search != "none":
             settings["scale_search"] = self.options.scale_search
         if output.format is NVFP4:
             settings["tensor_scale"] = whole

@@ -182,9 +182,10 @@ def test_rows_are_those_of_the_whole(tmp_path, producer):
     weight = next(t for t in logical_tensors(checkpoint) if t.name in ("x", "x.weight"))
     matrices = values.reshape(-1, ROWS, COLUMNS)
     for matrix in range(len(matrices)):
-        for start, stop in ((0, ROWS), (128, 192), (5, 150)):
-            rows = reader.decoded_rows(weight, matrix, start, stop)
-            assert torch.equal(rows.float(), matrices[matrix, start:stop])
+        for start, stop in ((0, ROWS), (128, 192), (0, 128)):
+            rows = reader.rows(weight, matrix, start, stop)
+            found = decode(rows) if isinstance(rows, QuantTensor) else rows.float()
+            assert torch.equal(found, matrices[matrix, start:stop])
     reader.close()
 
 
@@ -199,7 +200,7 @@ def test_gpt_oss_without_quantization_is_turned_around(tmp_path):
         expected = gate_up if "gate_up" in tensor.name else down
         assert tensor.shape == tuple(expected.shape)
         assert torch.equal(read_tensor(checkpoint, tensor), expected)
-        assert torch.equal(reader.decoded_rows(tensor, 1, 3, 9), expected[1, 3:9])
+        assert torch.equal(reader.rows(tensor, 1, 3, 9), expected[1, 3:9])
 
 
 @pytest.mark.parametrize(

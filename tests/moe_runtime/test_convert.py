@@ -529,6 +529,8 @@ def test_patterns_match_what_they_should_and_nothing_else():
 def test_options_are_checked():
     for options in ({"target": "int4"}, {"target": "mxfp4", "allow": frozenset({"all"})},
                     {"target": "mxfp4", "power_of_two_scales": True},
+                    {"target": "nvfp4", "scale_rule": "floor"},
+                    {"target": "fp8-block", "scale_search": "mse"},
                     {"target": "bf16", "dense": "fp8-block"}):  # fmt: skip
         with pytest.raises(ValueError, match="--"):
             ConversionOptions(**options)
