@@ -59,17 +59,16 @@ def encode(
     Raises ValueError for a non-finite weight or an odd width.
     """
     require_choice("scale search", scale_search, SCALE_SEARCHES)
-    whole = tensor_scale_for(weight) if tensor_scale is None else tensor_scale
-    divisor = whole.to(weight.device)
+    whole = tensor_scale_for(weight) if tensor_scale is None else tensor_scale.to(weight.device)
 
     def encode_tile(values: Tensor, magnitudes: Tensor) -> tuple[Tensor, Tensor]:
         groups = magnitudes.unflatten(-1, (-1, GROUP))
         amax = block_maxima(magnitudes, GROUP)
-        wanted = amax.div_(torch.full_like(amax, E2M1_MAX)).div_(divisor)
+        wanted = amax.div_(torch.full_like(amax, E2M1_MAX)).div_(whole)
         scales = nearest_e4m3(wanted.clamp_(min=_SMALLEST_SCALE))
         if scale_search:
-            scales = _best_scales(groups, scales, divisor)
-        factors = (scales.float() * divisor)[..., None]
+            scales = _best_scales(groups, scales, whole)
+        factors = (scales.float() * whole)[..., None]
         return pack(signed_codes(values, groups, factors, E2M1)), scales
 
     return encode_in_tiles(weight, NVFP4, encode_tile, whole)
