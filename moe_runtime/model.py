@@ -18,6 +18,7 @@ from moe_runtime.backend import Backend
 from moe_runtime.backends import create_backend
 from moe_runtime.bundled import BUNDLED
 from moe_runtime.config import DecoderConfig
+from moe_runtime.dsml import DsmlText, DsmlTokens
 from moe_runtime.generate import MAX_LOGPROBS, Generation, Request, StopOn, TextStream
 from moe_runtime.generation_config import GenerationDefaults
 from moe_runtime.harmony import HarmonyTokens
@@ -62,6 +63,7 @@ class MoeModel:
         self._tokenizer = tokenizer
         self._harmony = HarmonyTokens.find(tokenizer) if tokenizer else None
         self._thinking = ThinkTokens.find(tokenizer) if tokenizer else None
+        self._dsml = DsmlTokens.find(tokenizer) if tokenizer else None
         self._defaults = defaults or GenerationDefaults.read(
             None, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids
         )
@@ -339,6 +341,8 @@ class MoeModel:
             return PlainText(_NoText(), ())
         if harmony is not None and prompt.is_chat and harmony.start in prompt.token_ids:
             return ChannelText(tokenizer, harmony, prompt.token_ids, stops)
+        if self._thinking is not None and self._dsml is not None and prompt.is_chat:
+            return DsmlText(tokenizer, self._thinking, self._dsml, prompt.token_ids, stops)
         if self._thinking is not None and prompt.is_chat:
             return ThinkingText(tokenizer, self._thinking, prompt.token_ids, stops)
         return PlainText(tokenizer.detokenizer(), stops)

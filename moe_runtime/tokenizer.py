@@ -32,6 +32,7 @@ _NAMED_TOKENS = (
     "cls_token",
     "mask_token",
 )
+_BAR = "\uff5c"  # full-width, in DeepSeek's control tokens
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 
 
@@ -71,6 +72,10 @@ class Tokenizer:
         added = model.get_added_tokens_decoder()
         self._special = {i: token.content for i, token in added.items() if token.special}
         self.special_ids = frozenset(self._special)
+        # DeepSeek's <\uff5cUser\uff5c> and its like control a chat without being marked as special.
+        self._markers = frozenset(
+            token.content for token in added.values() if _BAR in token.content and not token.special
+        )
         self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
 
     @classmethod
@@ -209,7 +214,8 @@ class Tokenizer:
         }
         if not tokenize:
             return template.render(settings | variables)
-        fence = Fence([variables, template.source], self._special.values())
+        controls = [*self._special.values(), *self._markers]
+        fence = Fence([variables, template.source], controls)
         pieces = fence.split(template.render(settings | fence.mark(variables)))
         return self._encode_pieces(pieces)
 
@@ -228,6 +234,10 @@ class Tokenizer:
         """Ids of a rendered chat; piece by piece, so that no control token spans two."""
         ids: list[int] = []
         for i, (text, allow_special) in enumerate(pieces):
+            if text in self._markers and not allow_special:
+                # Cut in two, because no setting makes such a token ordinary text.
+                ids += self._encode_inside(text[:1], False) + self._encode_inside(text[1:], False)
+                continue
             piece = self._encode_inside(text, allow_special) if i else self.encode(text)
             if i == 0 and not allow_special:
                 piece = self.encode(text, allow_special=False)
