@@ -131,6 +131,11 @@ def _row_dots(
             mask=good[:, :, None] & (w < W)[None, None, :],
             other=0,
         )
+        if TWO_A_STEP:  # one for each half, in 16 bits
+            stored = tl.load(scales_ptr + place, mask=good, other=0).to(tl.int32)
+        elif not (PER_ROW or SCALES == "none"):
+            where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
+            stored = tl.load(scales_ptr + where, mask=good, other=0)
         column = (s[:, None] * W + w[None, :])[None, :, :]
         inside = ((s < S)[:, None] & (w < W)[None, :])[None, :, :]
         x0 = tl.load(x_ptr + column, mask=inside, other=0)
@@ -138,16 +143,13 @@ def _row_dots(
         x2 = tl.load(x_ptr + S * W * 2 + column, mask=inside, other=0)
         x3 = tl.load(x_ptr + S * W * 3 + column, mask=inside, other=0)
         dots = _dot_words(words, x0, x1, x2, x3, CODES)
-        if TWO_A_STEP:  # one for each half, in 16 bits
-            two = tl.load(scales_ptr + place, mask=good, other=0).to(tl.int32)
-            first = decode_scale(two & 0xFF, SCALES)[:, :, None]
-            second = decode_scale((two >> 8) & 0xFF, SCALES)[:, :, None]
+        if TWO_A_STEP:
+            first = decode_scale(stored & 0xFF, SCALES)[:, :, None]
+            second = decode_scale((stored >> 8) & 0xFF, SCALES)[:, :, None]
             acc += tl.sum(dots * tl.where(w[None, None, :] < W // 2, first, second), axis=2)
-        elif SCALES == "none" or PER_ROW:
+        elif PER_ROW or SCALES == "none":
             acc += tl.sum(dots, axis=2)
         else:
-            where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
-            stored = tl.load(scales_ptr + where, mask=good, other=0)
             acc += tl.sum(dots, axis=2) * decode_scale(stored, SCALES)
     if PER_ROW:
         stored = tl.load(scales_ptr + n // SCALE_ROWS, mask=rows, other=0)
