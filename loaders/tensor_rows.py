@@ -20,6 +20,7 @@ from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.logical import LogicalTensor
 from loaders.logical_schemes import scale_shape
 from loaders.safetensors_header import TensorInfo
+from quant.codecs import decode
 from quant.formats import FP8_ROW, QuantFormat
 from quant.tensor import QuantTensor
 
@@ -88,6 +89,14 @@ class RowReader:
             (stop - start, columns),
             self.tensor_scale(weight),
         )
+
+    def decoded_rows(self, weight: LogicalTensor, matrix: int, start: int, stop: int) -> Tensor:
+        """The same rows as numbers, contiguous: fp32 of a quantized weight; any start will do."""
+        height = 1 if weight.format is None else _block_rows(weight.format)
+        aligned = start - start % height
+        found = self.rows(weight, matrix, aligned, stop)
+        numbers = decode(found) if isinstance(found, QuantTensor) else found
+        return numbers[start - aligned :].contiguous()
 
     def tensor_scale(self, weight: LogicalTensor) -> Tensor | None:
         """The multiplying scale of the whole tensor, fp32 []; None for formats without one."""

@@ -186,6 +186,8 @@ def test_rows_are_those_of_the_whole(tmp_path, producer):
             rows = reader.rows(weight, matrix, start, stop)
             found = decode(rows) if isinstance(rows, QuantTensor) else rows.float()
             assert torch.equal(found, matrices[matrix, start:stop])
+        numbers = reader.decoded_rows(weight, matrix, 5, 150)  # inside of blocks
+        assert torch.equal(numbers.float(), matrices[matrix, 5:150])
     reader.close()
 
 
