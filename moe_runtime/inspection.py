@@ -7,7 +7,6 @@ memory plan, so only for models that run.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -17,27 +16,21 @@ from typing import Any
 from loaders.checkpoint import Checkpoint
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import parse_json_object
+from loaders.logical import logical_tensors
 from loaders.safetensors_header import DTYPE_BITS, TensorInfo
 from moe_runtime.config import DecoderConfig
 from moe_runtime.models.registry import OpenedModel, plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
+from moe_runtime.planning.components import (
+    NOT_LOADED,
+    ORDER,
+    by_component,
+    component_of_tensor,
+    summed_up,
+)
 from moe_runtime.support import ANY, SUPPORTED
 from moe_runtime.tokenizer import load_tokenizer
 
-# Component of a tensor: the first pattern found in its name.
-_COMPONENTS: tuple[tuple[str, str], ...] = (
-    ("shared experts", r"shared_experts?\."),
-    ("experts", r"experts\.|mlp\.mlp[12]_"),
-    ("router", r"router|\.gate\.|mlp\.gate\b"),
-    ("head", r"lm_head|unembedding"),
-    ("embedding", r"embed"),
-    ("norms", r"norm"),
-    ("attention", r"attn|attention"),
-    ("mlp", r"mlp|feed_forward"),
-    ("other", r""),
-)
-_ORDER = ("embedding", "attention", "router", "experts", "shared experts", "mlp", "norms", "head",
-          "other")  # fmt: skip
 _MXFP4_CODES = re.compile(r".*[._]blocks")
 _MXFP4_SCALES = re.compile(r".*[._]scales")
 _SIZES = (
@@ -55,6 +48,7 @@ _SIZES = (
 )  # our word, field of ModelConfig, keys of config.json
 _REMOTE_TOKENIZER_BYTES = 2_000_000  # a larger tokenizer.json is not fetched to be looked at
 _ANY_VOCABULARY = 2**31
+_ANY_LAYER = 2**31
 
 
 @dataclass(frozen=True)
@@ -141,7 +135,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     tokenizer = _tokenizer(checkpoint, config)
     if tokenizer.problem and error is None:
         error = CheckpointError(tokenizer.problem)
-    components = sort_components(checkpoint.tensors)
+    components = sort_components(checkpoint)
     plan = _memory_plan(opened) if opened else None
     return Inspection(
         architecture=_architecture(checkpoint.config, config),
@@ -162,17 +156,17 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     )
 
 
-def sort_components(tensors: Mapping[str, TensorInfo]) -> tuple[Component, ...]:
+def sort_components(checkpoint: Checkpoint) -> tuple[Component, ...]:
     """Tensors summed up by component, in the order of a forward pass; empty ones left out."""
-    groups: dict[str, list[TensorInfo]] = {name: [] for name in _ORDER}
-    for info in tensors.values():
-        groups[component_of_tensor(info.name)].append(info)
-    return tuple(_component(name, group) for name, group in groups.items() if group)
-
-
-def component_of_tensor(name: str) -> str:
-    """Which part of a model a tensor belongs to, by its name in the file."""
-    return next(what for what, pattern in _COMPONENTS if re.search(pattern, name))
+    found = checkpoint.config.get("num_hidden_layers")
+    num_layers = found if isinstance(found, int) else _ANY_LAYER
+    groups: dict[str, list[TensorInfo]] = {name: [] for name in ORDER}
+    for info in checkpoint.tensors.values():
+        groups[component_of_tensor(info.name, num_layers)].append(info)
+    parameters = _parameters(checkpoint, num_layers)
+    return tuple(
+        _component(name, group, parameters.get(name)) for name, group in groups.items() if group
+    )
 
 
 def stored_format(info: TensorInfo) -> str:
@@ -184,25 +178,29 @@ def stored_format(info: TensorInfo) -> str:
     return info.dtype.lower()
 
 
-def _component(name: str, group: list[TensorInfo]) -> Component:
+def _component(name: str, group: list[TensorInfo], parameters: int | None) -> Component:
     formats: Counter[str] = Counter()
     for info in group:
         formats[stored_format(info)] += info.nbytes
     return Component(
         name,
         tensors=len(group),
-        parameters=sum(map(_parameters, group)),
+        parameters=sum(map(_elements, group)) if parameters is None else parameters,
         nbytes=sum(info.nbytes for info in group),
         formats=dict(formats.most_common()),
     )
 
 
-def _parameters(info: TensorInfo) -> int:
-    kind = stored_format(info)
-    if kind == "e8m0":
-        return 0
-    if kind == "mxfp4":
-        return 2 * math.prod(info.shape)  # two codes a byte
+def _parameters(checkpoint: Checkpoint, num_layers: int) -> dict[str, int]:
+    """Numbers that each component stands for; empty if its formats cannot be read."""
+    try:
+        groups = by_component(logical_tensors(checkpoint), num_layers)
+    except (CheckpointError, UnsupportedModelError):
+        return {}
+    return {component.name: component.parameters for component in summed_up(groups)}
+
+
+def _elements(info: TensorInfo) -> int:
     return info.nbytes * 8 // DTYPE_BITS[info.dtype]
 
 
@@ -241,8 +239,8 @@ def _drop_empty(read: dict[str, int]) -> dict[str, int]:
 def _active_parameters(config: DecoderConfig, components: tuple[Component, ...]) -> int:
     by_name = {component.name: component.parameters for component in components}
     experts = by_name.pop("experts", 0) * config.experts_per_token // config.num_experts
-    by_name.pop("embedding", None)
-    return sum(by_name.values()) + experts
+    not_read = ("embedding", "hash tables", *NOT_LOADED)
+    return sum(count for name, count in by_name.items() if name not in not_read) + experts
 
 
 def _cache_bytes_per_token(plan: MemoryPlan) -> int:

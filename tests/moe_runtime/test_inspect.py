@@ -17,11 +17,12 @@ from loaders.checkpoint import open_files, open_folder
 from loaders.errors import CheckpointError
 from loaders.safetensors_header import DTYPE_BITS, TensorInfo
 from moe_runtime import cli
-from moe_runtime.inspection import component_of_tensor, inspect_checkpoint, sort_components
+from moe_runtime.inspection import inspect_checkpoint, sort_components
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import weights_by_component
 from moe_runtime.published import PUBLISHED as PUBLISHED_MODELS
 from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
+from tests.oracles.published_headers import deepseek_v3
 from tests.oracles.tiny_gpt_oss import hf_config, original_config, write_tiny_gpt_oss
 
 # Sums of the published checkpoints (openai/gpt-oss-20b and -120b): metadata.total_size of the
@@ -185,30 +186,22 @@ def test_components_are_the_ones_the_runtime_plans_with(tmp_path, layout):
     write_tiny_gpt_oss(tmp_path, layout=layout)
     with open_folder(tmp_path) as checkpoint:
         ours = weights_by_component(plan_model(checkpoint).plan.nbytes)
-        by_name = {c.name: c.nbytes for c in sort_components(checkpoint.tensors)}
+        by_name = {c.name: c.nbytes for c in sort_components(checkpoint)}
     assert by_name == ours
 
 
-@pytest.mark.parametrize(
-    ("name", "component"),
-    [
-        ("model.layers.3.mlp.experts.17.down_proj.weight", "experts"),
-        ("model.layers.3.mlp.shared_experts.up_proj.weight", "shared experts"),
-        ("model.layers.3.mlp.shared_expert.up_proj.weight", "shared experts"),
-        ("model.layers.3.mlp.gate.weight", "router"),
-        ("model.layers.3.mlp.gate.e_score_correction_bias", "router"),
-        ("model.layers.3.block_sparse_moe.gate.weight", "router"),
-        ("model.layers.0.mlp.gate_proj.weight", "mlp"),
-        ("model.layers.0.self_attn.kv_b_proj.weight", "attention"),
-        ("model.layers.0.self_attn.q_norm.weight", "norms"),
-        ("model.embed_tokens.weight", "embedding"),
-        ("lm_head.weight", "head"),
-        ("unembedding.weight", "head"),
-        ("vision.patch.weight", "other"),
-    ],
-)
-def test_components_of_other_families(name, component):
-    assert component_of_tensor(name) == component
+def test_deepseek_as_published():
+    """Scales are no parameters, and the MTP layer is a component of its own."""
+    found = inspect_checkpoint(open_files(deepseek_v3(v32=True)))
+    by_name = {component.name: component for component in found.components}
+    assert found.problem is None and found.backends.keys() == {"reference"}
+    indexer_bytes = 14_422_240  # of one layer
+    assert by_name["indexer"].nbytes == 61 * indexer_bytes
+    assert by_name["mtp"].nbytes == 15_424_227_552 + indexer_bytes
+    main = found.parameters - by_name["mtp"].parameters - by_name["indexer"].parameters
+    assert round(main / 1e9, 2) == 671.03
+    assert round(found.active_parameters / 1e9, 1) == 37.5
+    assert found.cache_bytes_per_token == 61 * (1152 + 256)
 
 
 def inspect(*args: str) -> int:
