@@ -33,6 +33,9 @@ _COMPONENT_BY_NAME = {
     "moe.router": "router",
     "moe.router_bias": "router",
     "mlp.norm": "norms",
+    "attention.query_norm": "norms",
+    "attention.latent_norm": "norms",
+    "attention.row_norm": "norms",
 }
 _COMPONENT_BY_PREFIX = {
     "attention.indexer.": "indexer",
