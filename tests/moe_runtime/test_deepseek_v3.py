@@ -110,6 +110,14 @@ def test_a_planted_error_of_one_percent_is_caught(pair):
             weight /= 1.01
 
 
+def test_what_transformers_saves_loads_too(pair, tmp_path):
+    """The same names, with rope_parameters in place of rope_scaling."""
+    theirs, ours = pair
+    theirs.save_pretrained(tmp_path)
+    ids = token_ids(20)
+    assert_close(make_backend(tmp_path).logits(ids), ours.logits(ids), "model_fp32")
+
+
 def test_the_indexer_matters_once_there_are_more_tokens_than_it_chooses(tmp_path):
     write_tiny_deepseek(tmp_path / "few", Sizes("deepseek_v32"))
     write_tiny_deepseek(tmp_path / "all", Sizes("deepseek_v32", index_topk=300))
