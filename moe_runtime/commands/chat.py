@@ -41,11 +41,14 @@ Ctrl-C stops an answer."""
 @click.option("--system", metavar="TEXT", help="System message.")
 @click.option("--reasoning-effort", metavar="LEVEL",
               help="low, medium or high, for templates that know it.")  # fmt: skip
+@click.option("--thinking/--no-thinking", default=None,
+              help="Think before the answer, for templates that know it.")  # fmt: skip
 @request_options
 def command(
     model: str,
     system: str | None,
     reasoning_effort: str | None,
+    thinking: bool | None,
     max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
@@ -82,7 +85,7 @@ def command(
             "repetition_penalty": repetition_penalty,
             "seed": seed,
             "stop": stop,
-            "template_options": template_options(reasoning_effort),
+            "template_options": template_options(reasoning_effort, thinking),
         }
         conversation = Conversation(opened, request)
         conversation.set_system(system or "")

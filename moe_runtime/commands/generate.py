@@ -35,6 +35,8 @@ EXAMPLE_PROMPTS = {"demo": "It was a dark night, and the old man"}  # when no pr
 @click.option("--system", metavar="TEXT", help="System message, with --chat.")
 @click.option("--reasoning-effort", metavar="LEVEL",
               help="low, medium or high, with --chat, for templates that know it.")  # fmt: skip
+@click.option("--thinking/--no-thinking", default=None,
+              help="Think before the answer, with --chat, for templates that know it.")  # fmt: skip
 @click.option("--logprobs", type=click.IntRange(0, 20), default=0, metavar="N",
               help="Alternatives to report for each token, with --json.")  # fmt: skip
 @request_options
@@ -47,6 +49,7 @@ def command(
     chat: bool,
     system: str | None,
     reasoning_effort: str | None,
+    thinking: bool | None,
     logprobs: int,
     max_new_tokens: int | None,
     temperature: float | None,
@@ -67,8 +70,8 @@ def command(
     The prompt is --prompt, --prompt-file or, with a - after MODEL, stdin. A line of times follows
     on stderr.
     """
-    if (system or reasoning_effort) and not chat:
-        raise click.UsageError("--system and --reasoning-effort need --chat")
+    if (system or reasoning_effort or thinking is not None) and not chat:
+        raise click.UsageError("--system, --reasoning-effort and --thinking need --chat")
     if logprobs and not as_json:
         raise click.UsageError("--logprobs needs --json")
     text = _prompt_text(model, stdin, prompt, prompt_file)
@@ -89,7 +92,7 @@ def command(
             seed=seed,
             stop=stop,
             logprobs=logprobs,
-            template_options=template_options(reasoning_effort),
+            template_options=template_options(reasoning_effort, thinking),
         )
         if as_json:
             for _ in stream:
@@ -106,9 +109,12 @@ def chat_messages(text: str, system: str | None) -> list[dict[str, str]]:
     return [*first, {"role": "user", "content": text}]
 
 
-def template_options(reasoning_effort: str | None) -> dict[str, str]:
+def template_options(reasoning_effort: str | None, thinking: bool | None) -> dict[str, Any]:
     """Variables of the chat template that options of the command line set."""
-    return {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
+    options: dict[str, Any] = {"reasoning_effort": reasoning_effort} if reasoning_effort else {}
+    if thinking is not None:  # DeepSeek's templates read the first, others the second
+        options |= {"thinking": thinking, "enable_thinking": thinking}
+    return options
 
 
 def as_data(generation: Generation, *, with_logprobs: bool) -> dict[str, Any]:

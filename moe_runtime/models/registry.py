@@ -20,6 +20,7 @@ from loaders.names.table import LoadPlan, NameTable, match_names
 from loaders.quant_config import check_quantization
 from moe_runtime.config import DecoderConfig
 from moe_runtime.deepseek_v4_chat import ENCODING_FILE, DeepseekV4Chat
+from moe_runtime.deepseek_v32_chat import DeepseekV32Chat
 from moe_runtime.models import deepseek_config, deepseek_v4_config, gpt_oss_config
 from moe_runtime.models.deepseek_config import DeepseekConfig
 from moe_runtime.models.deepseek_v2 import DeepseekV2Reference
@@ -99,6 +100,7 @@ MODELS: dict[str, ModelFamily] = {
         deepseek_config.read_v32,
         {"huggingface": partial(_deepseek_table, deepseek_v32_names.name_table)},
         DeepseekV32Reference,
+        lambda checkpoint: DeepseekV32Chat(),
     ),
     "deepseek_v4": ModelFamily(
         "deepseek_v4",

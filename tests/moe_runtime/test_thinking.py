@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moe_runtime import cli
+from moe_runtime.deepseek_v32_chat import DeepseekV32Chat
 from moe_runtime.model import MoeModel
 from moe_runtime.output_text import Piece
 from moe_runtime.thinking import ThinkingText, ThinkTokens
@@ -137,3 +139,39 @@ def test_a_chat_through_the_template(thinking):
     assert made.text == "Scattering."
     assert made.reasoning == ("Short waves scatter." if thinking else "")
     assert made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("flag", "marker"), [("--thinking", "<think>"), ("--no-thinking", "</think>")]
+)
+def test_the_command_line_sets_it(monkeypatch, capsys, flag, marker):
+    backend = FakeBackend([TOKENIZER.token_id(END)], vocab_size=1000)
+    model = MoeModel(backend, tiny_config(1000), tokenizer=TOKENIZER)
+    monkeypatch.setattr(MoeModel, "from_pretrained", lambda *args, **kwargs: model)
+    assert cli.run(["generate", "m", "-p", "hi", "--chat", flag, "--max-new-tokens", "2"]) == 0
+    sent = TOKENIZER.decode(backend.requests[0][0], skip_special_tokens=False)
+    assert sent.endswith(ASSISTANT + marker)
+    assert cli.run(["generate", "m", "-p", "hi", flag]) == 2
+    assert "--thinking need --chat" in capsys.readouterr().err
+
+
+def test_deepseek_v32_without_a_template():
+    """As the vendor's code renders it."""
+    messages = [
+        {"role": "system", "content": "You are a helpful assistant."},
+        {"role": "user", "content": "hello"},
+        {"role": "assistant", "content": "Hello!", "thinking": "thinking..."},
+        {"role": "user", "content": "1+1=?"},
+    ]
+    tokenizer = Tokenizer.from_json(byte_level_json(), chat_code=DeepseekV32Chat())
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=False, template_options={"thinking": True}
+    )
+    assert rendered == (
+        f"{BEGIN}You are a helpful assistant.{USER}hello{ASSISTANT}</think>Hello!{END}"
+        f"{USER}1+1=?{ASSISTANT}<think>"
+    )
+    plain = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert plain == rendered.removesuffix("<think>") + "</think>"
+    with pytest.raises(ValueError, match=r"tools are not supported for DeepSeek V3\.2"):
+        tokenizer.apply_chat_template(messages, tools=[{"name": "f"}])
