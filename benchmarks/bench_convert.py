@@ -4,8 +4,9 @@
 
 Writes a synthetic bf16 checkpoint with the shapes of Qwen3-30B-A3B's experts (normal numbers of
 deviation 0.02), converts it from end to end (read, encode, measure errors, write) in a process of
-its own, and prints bytes of source a second and the largest resident size of that process. For
-each format compressed-tensors then quantizes some of the same tensors in memory, without files.
+its own, and prints bytes of source a second, the same for each second of processor time, and the
+largest resident size of that process. For each format some of the same tensors are then quantized
+in memory, without files, by us and by compressed-tensors.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quant.codecs import encode
+from quant.formats import TARGETS
+
 WIDTH, EXPERT_WIDTH, EXPERTS = 2048, 768, 128
 FORMATS = ("mxfp4", "fp8-block")
-SHARD_BYTES = 2_000_000_000
 COLUMNS = ("date", "commit", "gpu", "runtime", "model", "formats", "context", "metric", "value",
            "unit")  # fmt: skip
 
@@ -60,13 +63,20 @@ def bench(source: Path, output: Path, target: str, size: int) -> list[dict[str, 
         shutil.rmtree(output.with_name(output.name + ".partial"), ignore_errors=True)
     facts = json.loads(told.splitlines()[-1])
     rate = size / 1e6 / facts["seconds"]
-    theirs = compressed_tensors_rate(target)
-    print(f"{target}: {rate:.0f} MB/s of bf16 source, peak {facts['peak_bytes'] / 1e6:.0f} MB; "
-          f"compressed-tensors in memory: {theirs:.0f} MB/s")  # fmt: skip
+    a_core = size / 1e6 / facts["cpu_seconds"]
+    ours, theirs = encode_rate(target), compressed_tensors_rate(target)
+    print(
+        f"{target}: {rate:.0f} MB/s of bf16 source, {a_core:.0f} a core-second, "
+        f"peak {facts['peak_bytes'] / 1e6:.0f} MB; in memory {ours:.0f} MB/s, "
+        f"compressed-tensors {theirs:.0f} MB/s; load {os.getloadavg()[0]:.1f}"
+    )
     found = [
         ("convert_mb_per_s", f"{rate:.1f}", "MB/s"),
+        ("convert_mb_per_core_s", f"{a_core:.1f}", "MB/s"),
         ("convert_peak_memory", f"{facts['peak_bytes'] / 1e6:.0f}", "MB"),
+        ("encode_mb_per_s", f"{ours:.1f}", "MB/s"),
         ("compressed_tensors_mb_per_s", f"{theirs:.1f}", "MB/s"),
+        ("load_average", f"{os.getloadavg()[0]:.1f}", "processes"),
     ]
     return [row(target, size, *metric) for metric in found]
 
@@ -76,13 +86,14 @@ def convert_here(source: Path, output: Path, target: str) -> None:
     from moe_runtime.conversion.convert import convert  # after --child alone: the parent needs none
     from moe_runtime.conversion.options import ConversionOptions
 
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     convert(str(source), output, ConversionOptions(target), progress=False)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu_start
     # Not ru_maxrss: a child starts with that of the process it was forked from.
     status = Path("/proc/self/status").read_text()
     peak = int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    print(json.dumps({"seconds": seconds, "peak_bytes": peak}))
+    facts = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_bytes": peak}
+    print(json.dumps(facts))
 
 
 def write_checkpoint(folder: Path, gigabytes: float) -> int:
@@ -129,7 +140,25 @@ def layer_tensors(layer: int, generator: torch.Generator) -> dict[str, Tensor]:
     return tensors
 
 
-def compressed_tensors_rate(target: str, count: int = 12) -> float:
+def some_tensors(count: int = 12) -> list[Tensor]:
+    """Weights of a few experts."""
+    generator = torch.Generator().manual_seed(1)
+    return [
+        torch.randn(EXPERT_WIDTH, WIDTH, generator=generator).mul_(0.02).bfloat16()
+        for _ in range(count)
+    ]
+
+
+def encode_rate(target: str) -> float:
+    """MB of bf16 weights a second that our codec encodes in memory."""
+    tensors = some_tensors()
+    start = time.perf_counter()
+    for weight in tensors:
+        encode(weight, TARGETS[target])
+    return sum(weight.nbytes for weight in tensors) / 1e6 / (time.perf_counter() - start)
+
+
+def compressed_tensors_rate(target: str) -> float:
     """MB of bf16 weights a second that compressed-tensors scales, rounds and packs in memory."""
     from compressed_tensors.compressors import BaseCompressor  # slow, and only for comparison
     from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -142,11 +171,7 @@ def compressed_tensors_rate(target: str, count: int = 12) -> float:
     scheme = QuantizationScheme(targets=["Linear"], weights=weights)
     name = "float-quantized" if block else "mxfp4-pack-quantized"
     compressor = BaseCompressor.get_value_from_registry(name)
-    generator = torch.Generator().manual_seed(1)
-    tensors = [
-        torch.randn(EXPERT_WIDTH, WIDTH, generator=generator).mul_(0.02).bfloat16()
-        for _ in range(count)
-    ]
+    tensors = some_tensors()
     start = time.perf_counter()
     for weight in tensors:
         if block:

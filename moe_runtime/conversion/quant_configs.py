@@ -129,18 +129,19 @@ def _compressed_tensors(
     experts; others are named, and names win over the class."""
     main = _known(TARGETS[plan.options.target]).name
     main = main if main in quantized else next(iter(quantized))
-    groups = {}
+    groups: dict[str, dict[str, Any]] = {}
     for number, name in enumerate(sorted(quantized, key=lambda name: name != main)):
         format, weights, inputs = _SCHEMES[name]
-        others = [m for other, ms in quantized.items() if other != name for m in ms]
-        targets = ["Linear"] if name == main else module_patterns(quantized[name], others + plain)
         groups[f"group_{number}"] = {
-            "targets": targets,
+            "targets": ["Linear"] if name == main else _targets(name, quantized, plain),
             "format": format,
             "weights": weights,
             "input_activations": inputs,
             "output_activations": None,
         }
+    if any("experts" in target for group in groups.values() for target in group["targets"]):
+        # transformers takes the first group that names experts for all of them.
+        groups["group_0"]["targets"] += _targets(main, quantized, plain)
     everything = [module for modules in quantized.values() for module in modules]
     ignore = module_patterns(plain, everything)
     if "lm_head" not in ignore + everything:  # tied to the embedding, and a Linear all the same
@@ -153,6 +154,11 @@ def _compressed_tensors(
         "config_groups": groups,
         "ignore": ignore,
     }
+
+
+def _targets(name: str, quantized: Mapping[str, list[str]], plain: list[str]) -> list[str]:
+    others = [m for other, modules in quantized.items() if other != name for m in modules]
+    return module_patterns(quantized[name], others + plain)
 
 
 def _deepseek(plan: ConversionPlan, plain: list[str]) -> dict[str, Any]:

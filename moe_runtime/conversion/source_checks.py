@@ -14,6 +14,7 @@ from moe_runtime.conversion.errors import refused
 from moe_runtime.conversion.options import ConversionOptions
 from quant.tensor import QuantTensor
 
+_E8M0_NAN, _E4M3_NAN = 0xFF, 0x7F
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -64,6 +65,21 @@ def check_scales(weight: LogicalTensor, stored: QuantTensor, options: Conversion
             "zero-scales",
             f"{info.name}: {count} scales of zero over codes that are not zero in {info.file}",
         )
+
+
+def check_copied(weight: LogicalTensor, stored: QuantTensor, options: ConversionOptions) -> None:
+    """The same for codes and scales that are copied, and that none of them is NaN or infinity."""
+    check_scales(weight, stored, options)
+    if "non-finite" in options.allow or stored.scales is None:
+        return
+    info = weight.parts["scales"]
+    scales = stored.scales
+    bad = scales == _E8M0_NAN if scales.dtype == torch.uint8 else ~scales.float().isfinite()
+    if stored.format.value_bits == 8 and not bool(bad.any()):
+        info = weight.parts["values"]
+        bad = (stored.values.view(torch.uint8) & 0x7F) == _E4M3_NAN
+    if bool(bad.any()):
+        raise refused("non-finite", f"{info.name}: found NaN in {info.file}")
 
 
 def check_shared_scale(

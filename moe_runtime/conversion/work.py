@@ -20,6 +20,7 @@ from moe_runtime.conversion.layouts import WRITTEN
 from moe_runtime.conversion.options import MX_TARGETS, SEARCHED_TARGETS, ConversionOptions
 from moe_runtime.conversion.planning import Output, Task
 from moe_runtime.conversion.source_checks import (
+    check_copied,
     check_scales,
     check_shared_scale,
     repaired,
@@ -136,7 +137,7 @@ class Workshop:
         if not output.converts:
             stored = self.reader.rows(output.source, chunk.matrix, chunk.start, chunk.stop)
             assert isinstance(stored, QuantTensor)
-            check_scales(output.source, stored, self.options)
+            check_copied(output.source, stored, self.options)
             self._write_rows(output, chunk, stored, shard)
             return None
         weight = self._numbers(output.source, chunk)

@@ -269,6 +269,10 @@ def test_fp8_source_dense_is_copied_and_mtp_stays(tmp_path):
     targets = quantization["config_groups"]["group_1"]["targets"]
     assert r"re:^model\.layers\.2\.mlp\.experts\.\d+\.up_proj$" in targets
     assert r"re:^model\.layers\.\d+\.self_attn\.q_proj$" in targets
+    # transformers takes the first group that names experts for all of them
+    targets = quantization["config_groups"]["group_0"]["targets"]
+    assert targets[0] == "Linear"
+    assert r"re:^model\.layers\.1\.mlp\.experts\.\d+\.up_proj$" in targets
 
 
 def test_fp8_source_to_bf16_has_nothing_quantized(tmp_path):
@@ -451,6 +455,25 @@ def test_scales_of_the_source_are_not_trusted(source, part, refusal, message):
     with pytest.raises(ConversionError, match=message):
         run(nvfp4, "mxfp8", name="again", allow=allow)
     run(nvfp4, "mxfp8", name="again", allow=allow | {refusal})
+
+
+@pytest.mark.parametrize(("part", "nan"), [("", 0x7F), ("_scale_inv", None)])
+@pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.experts.1.up_proj"])
+def test_nan_among_codes_or_scales(tmp_path, part, nan, module):
+    """In weights that are copied as they are and in those that are converted."""
+    source = tmp_path / "source"
+    deepseek_source(source)
+    name = f"model.layers.1.{module}.weight{part}"
+    path = next(p for p in source.glob("*.safetensors") if name in load_file(p))
+    tensors = load_file(path)
+    if nan is None:
+        tensors[name][0, 0] = float("nan")
+    else:
+        tensors[name].view(torch.uint8)[5, 7] = nan
+    save_file(tensors, path)
+    with pytest.raises(ConversionError, match=r"found (nan|NaN)"):
+        run(source, "mxfp4")
+    run(source, "mxfp4", allow=frozenset({"non-finite"}))
 
 
 def test_odd_widths_are_refused_and_can_be_kept(source):
