@@ -17,6 +17,7 @@ import click
 from moe_runtime import __version__
 from moe_runtime.commands.common import json_option, print_json, verb
 from moe_runtime.errors import DoesNotFitError
+from moe_runtime.host_memory import free_host_bytes
 from moe_runtime.plan import fit
 from moe_runtime.published import PUBLISHED, PublishedModel
 from moe_runtime.support import SUPPORTED
@@ -107,7 +108,7 @@ def probe_memory() -> dict[str, Any]:
     page = os.sysconf("SC_PAGE_SIZE")
     return {
         "total_bytes": page * os.sysconf("SC_PHYS_PAGES"),
-        "free_bytes": _host_free_bytes(),
+        "free_bytes": free_host_bytes(),
         "processors": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
@@ -159,7 +160,7 @@ def probe_models() -> list[dict[str, Any]]:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        free = _host_free_bytes()
+        free = free_host_bytes()
         return [_fits_host(model, free) for model in PUBLISHED]
     free_bytes = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in range(count)}
     return [fits_gpu(model, gpu, free) for model in PUBLISHED for gpu, free in free_bytes.items()]
@@ -209,18 +210,6 @@ def _triton_problem() -> str | None:
     except Exception as error:
         return f"triton does not import: {type(error).__name__}: {error}"
     return None
-
-
-def _host_free_bytes() -> int:
-    """What the system could hand out; on Linux without swapping, page cache included."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    if found:
-        return int(found[0]) * 1024
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 
 
 def _disk(folder: Path) -> dict[str, int]:
