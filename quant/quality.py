@@ -136,7 +136,7 @@ def _measure_tile(exact: Tensor, stored: QuantTensor) -> TensorQuality:
     decoded = decode(stored)
     # Magnitudes as integers: fp32 >= 0 are in the order of their bits, and torch is faster so.
     exact_bits, decoded_bits = magnitude_bits(exact), magnitude_bits(decoded)
-    error = decoded.sub_(exact)
+    error = decoded - exact  # not in place: plain fp32 numbers decode to themselves
     return TensorQuality(
         weights=exact.numel(),
         signal=_sum_of_squares(exact),

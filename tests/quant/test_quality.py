@@ -100,5 +100,8 @@ def test_plain_numbers_and_vectors():
     vector = random_weight(1000)
     found = measure(vector, codecs.encode(vector, BF16))
     assert found.weights == 1000 and found.blocks == 0 and 50 < found.sqnr_db < 60
+    before = vector.clone()
+    shifted = measure(vector + 0.5, QuantTensor(vector, None, BF16, (1000,)))
+    assert shifted.max_abs_error == pytest.approx(0.5, rel=1e-6) and torch.equal(vector, before)
     with pytest.raises(ValueError, match=r"the weight is \(1000,\), the stored form \(4, 32\)"):
         measure(vector, codecs.encode(torch.ones(4, 32), MXFP4))
