@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import early_start, let_next_start, wait_for_front
+from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
 from quant.formats import FP8_ROW
 from quant.tensor import QuantTensor
 
@@ -43,6 +43,7 @@ def _gemv_kernel(
     scale_ptr,  # [N] fp32, read if HAS_SCALE
     bias_ptr,  # [N], read if HAS_BIAS
     out_ptr,  # [N] fp32
+    trace_ptr,  # [programs, 3] int64 or None
     N: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
@@ -55,6 +56,7 @@ def _gemv_kernel(
     START_NEXT_FIRST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    stamp(trace_ptr, 0)
     if START_NEXT_FIRST:
         let_next_start(EARLY)
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -69,6 +71,7 @@ def _gemv_kernel(
             w = tl.load(row_ptrs + k[None, :], mask=rows[:, None] & (k < K)[None, :], other=0.0)
         tiles = tiles + (w,)
     wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
     if not START_NEXT_FIRST:
         let_next_start(EARLY)
     acc = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
@@ -91,6 +94,7 @@ def _gemv_kernel(
     if ADD:
         y += tl.load(out_ptr + n, mask=rows, other=0.0)
     tl.store(out_ptr + n, y, mask=rows)
+    stamp(trace_ptr, 2)
 
 
 def gemv(
@@ -103,6 +107,7 @@ def gemv(
     eps: float = 0.0,
     add: bool = False,
     start_next_first: bool = True,
+    trace: Tensor | None = None,
 ) -> Tensor:
     """out = weight @ rms_norm(x) + bias, or added to out; norm and bias may be absent.
 
@@ -126,6 +131,7 @@ def gemv(
         scale if scale is not None else x,
         bias if bias is not None else x,
         out,
+        trace,
         N=rows,
         K=columns,
         EPS=eps,

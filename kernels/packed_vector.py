@@ -19,3 +19,12 @@ def unpack_vector(packed: Tensor) -> Tensor:
 def activation_scale(limit: float) -> float:
     """Power of two that the clamped SwiGLU's outputs are stored with: limit * (limit + 1) fits."""
     return 2.0 ** math.floor(math.log2(60000.0 / (limit * (limit + 1.0))))
+
+
+def packed_buffer(vectors: int, width: int, device: torch.device) -> Tensor:
+    """[vectors, 4, width / 8, 2] fp16 of zeros, with zeros for one vector more behind the end.
+
+    Lanes of a tensor-core tile that hold no column of the vector read those zeros.
+    """
+    store = torch.zeros((vectors + 1) * width + 64, dtype=torch.float16, device=device)
+    return store[: vectors * width].view(vectors, 4, width // 8, 2)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import early_start, let_next_start, wait_for_front
+from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
 
 
 # Program 0 packs the normed vector; program p > 0 computes ROWS logits; the last one to finish
@@ -24,6 +24,7 @@ def _router_kernel(
     weights_ptr,  # [K] fp32, written
     packed_ptr,  # [4, D / 8, 2] fp16, written; see kernels/moe_gemv.py
     unscale_ptr,  # [1] fp32, written: multiplies sums over the packed vector
+    trace_ptr,  # [programs, 3] int64 or None
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
@@ -33,6 +34,7 @@ def _router_kernel(
     BLOCK_E: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    stamp(trace_ptr, 0)
     let_next_start(EARLY)
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
@@ -42,6 +44,7 @@ def _router_kernel(
     norm = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + e, mask=(e >= 0) & (e < E), other=0.0).to(tl.float32)
     wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
     x = tl.load(x_ptr + d, mask=d < D, other=0.0)
     factor = tl.rsqrt(tl.sum(x * x) / D + EPS)
     x *= norm
@@ -81,6 +84,7 @@ def _router_kernel(
         tl.store(ids_ptr + rank, expert, mask=chosen)
         tl.store(weights_ptr + rank, weights, mask=chosen)
         tl.store(ticket_ptr, 0)
+    stamp(trace_ptr, 2)
 
 
 def router_topk(
@@ -96,6 +100,7 @@ def router_topk(
     expert_weights: Tensor,
     packed: Tensor,
     unscale: Tensor,
+    trace: Tensor | None = None,
 ) -> None:
     """Choose the experts of one token and pack its normed vector for them.
 
@@ -113,7 +118,7 @@ def router_topk(
     Reads E * D weights; bound by latency at every published size.
     """
     experts, width = router.shape
-    rows = 1 if experts <= 64 else 2
+    rows = 2
     _router_kernel[(1 + triton.cdiv(experts, rows),)](
         x,
         norm,
@@ -125,6 +130,7 @@ def router_topk(
         expert_weights,
         packed,
         unscale,
+        trace,
         D=width,
         E=experts,
         K=len(expert_ids),
@@ -132,6 +138,6 @@ def router_topk(
         ROWS=rows,
         BLOCK_D=triton.next_power_of_2(width),
         BLOCK_E=triton.next_power_of_2(experts),
-        num_warps=8,
+        num_warps=4,
         **early_start(x),
     )

@@ -1,9 +1,9 @@
 """Attention of one token over the cache, split along the cached positions, with sinks and windows.
 
 Takes the token's q, k and v as the projection leaves them: rotates q and k, writes k and v into the
-cache. The split follows the length on the device, so one launch serves every length. The last
-program of a kv head to finish merges the splits of its query heads; the sink is added there, once.
-A head whose positions fit into one program needs no merging.
+cache. The split follows the length on the device, so one launch serves every length. A second
+kernel merges the splits of a head and adds its sink; layers whose window fits into one program's
+tile have one split and need none.
 
 H query heads, G kv heads, C head width, S slots of the cache, P splits.
 """
@@ -12,11 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.dependent_launch import early_start, let_next_start, wait_for_front
+from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
 
 SPLITS = 32  # programs a kv head; short contexts leave most without work
 BLOCK_S = 128  # cached positions a program reads at a time
-MERGED = 8  # splits merged at a time
 
 
 @triton.jit
@@ -28,6 +27,31 @@ def _rotated(head_ptr, cos, sin, mask, C: tl.constexpr):
     return plain * cos[None, :] + partner * sin[None, :]
 
 
+@triton.jit
+def _positions_of(split, splits, position, WINDOW: tl.constexpr, BLOCK_S: tl.constexpr):
+    """First and last + 1 of a split's positions, and the number of splits that have any."""
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(position - WINDOW + 1, 0)
+    length = position + 1 - first
+    per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK_S) * BLOCK_S
+    begin = first + split * per_split
+    return begin, tl.minimum(begin + per_split, position + 1), tl.cdiv(length, per_split)
+
+
+@triton.jit
+def _attend(q, k, v, s, end, biggest, total, acc, SCALE: tl.constexpr):
+    """One tile of keys and values more: running maximum, sum and weighted values."""
+    scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
+    scores = tl.where((s < end)[None, :], scores, float("-inf"))
+    new = tl.maximum(biggest, tl.max(scores, axis=1))
+    p = tl.exp(scores - new[:, None])
+    shrink = tl.exp(biggest - new)
+    total = total * shrink + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    return new, total, acc
+
+
 # A program reads one split of the keys and values of one kv head. Grid: G, P.
 @triton.jit
 def _attention_kernel(
@@ -36,12 +60,12 @@ def _attention_kernel(
     sin_ptr,
     k_ptr,  # [G, S, C]
     v_ptr,  # [G, S, C]
-    sinks_ptr,  # [H]
+    sinks_ptr,  # [H], read if SINGLE
     position_ptr,  # [1] int32
-    acc_ptr,  # [G, P, GROUP, C] fp32, scratch
-    stats_ptr,  # [G, P, GROUP, 2] fp32, scratch: running maximum and sum
-    ticket_ptr,  # [G] int32, zero before and after
-    out_ptr,  # [H, C] fp32
+    acc_ptr,  # [G, P, GROUP, C] fp32, written unless SINGLE
+    stats_ptr,  # [G, P, GROUP, 2] fp32, likewise: running maximum and sum
+    out_ptr,  # [H, C] fp32, written if SINGLE
+    trace_ptr,  # [programs, 3] int64 or None
     S: tl.constexpr,
     C: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
@@ -49,9 +73,10 @@ def _attention_kernel(
     SCALE: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_S: tl.constexpr,
-    MERGED: tl.constexpr,
+    SINGLE: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    stamp(trace_ptr, 0)
     let_next_start(EARLY)
     kv_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(1)
@@ -60,27 +85,22 @@ def _attention_kernel(
     c = tl.arange(0, C)
     own = (h < HEADS_PER_KV)[:, None]
     head = kv_head * HEADS_PER_KV + h
-    # Programs without work end here: enough of the others wait. The projection in front lets this kernel start after its own wait: the position and what
-    # earlier steps cached are there already. Only qkv must be waited for.
+    # The projection in front lets this kernel start after its own wait: the position and what
+    # earlier steps cached are there already, only qkv must be waited for. Programs without work
+    # end at once: split 0 always waits.
     position = tl.load(position_ptr)
-    first = 0
-    if WINDOW > 0:
-        first = tl.maximum(position - WINDOW + 1, 0)
-    per_split = tl.cdiv(tl.cdiv(position + 1 - first, splits), BLOCK_S) * BLOCK_S
-    used = tl.cdiv(position + 1 - first, per_split)
+    begin, end, used = _positions_of(split, splits, position, WINDOW, BLOCK_S)
     if split < used:
-        begin = first + split * per_split
-        end = tl.minimum(begin + per_split, position + 1)
         cos = tl.load(cos_ptr + position * (C // 2) + c % (C // 2))
         sin = tl.load(sin_ptr + position * (C // 2) + c % (C // 2))
         sin = tl.where(c < C // 2, -sin, sin)
-        sink = tl.load(sinks_ptr + head, mask=h < HEADS_PER_KV, other=0.0).to(tl.float32)
         s = begin + tl.arange(0, BLOCK_S)
         slot = (kv_head * S + s % S)[:, None] * C + c[None, :]
-        seen = (s < tl.minimum(end, position))[:, None]
-        k = tl.load(k_ptr + slot, mask=seen, other=0.0)
-        v = tl.load(v_ptr + slot, mask=seen, other=0.0)
+        cached = (s < tl.minimum(end, position))[:, None]
+        k = tl.load(k_ptr + slot, mask=cached, other=0.0)
+        v = tl.load(v_ptr + slot, mask=cached, other=0.0)
         wait_for_front(EARLY)
+        stamp(trace_ptr, 1)
         heads = tl.num_programs(0) * HEADS_PER_KV
         q = _rotated(qkv_ptr + head[:, None] * C, cos, sin, own, C).to(k_ptr.dtype.element_ty)
         one = tl.zeros((1, 1), tl.int64)
@@ -95,65 +115,71 @@ def _attention_kernel(
         biggest = tl.full((GROUP,), float("-inf"), tl.float32)
         total = tl.zeros((GROUP,), tl.float32)
         acc = tl.zeros((GROUP, C), tl.float32)
-        for s0 in range(begin, end, BLOCK_S):
-            # This token's own row may not be in the cache yet.
-            newest = (s == position)[:, None]
-            k = tl.where(newest, k_new, k)
-            v = tl.where(newest, v_new, v)
-            scores = tl.dot(q, tl.trans(k), input_precision="ieee") * SCALE
-            scores = tl.where((s < end)[None, :], scores, float("-inf"))
-            new = tl.maximum(biggest, tl.max(scores, axis=1))
-            p = tl.exp(scores - new[:, None])
-            shrink = tl.exp(biggest - new)
-            total = total * shrink + tl.sum(p, axis=1)
-            acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-            biggest = new
-            s = s0 + BLOCK_S + tl.arange(0, BLOCK_S)
+        # This token's own row may not be in the cache yet.
+        newest = (s == position)[:, None]
+        k = tl.where(newest, k_new, k)
+        v = tl.where(newest, v_new, v)
+        biggest, total, acc = _attend(q, k, v, s, end, biggest, total, acc, SCALE)
+        for s0 in range(begin + BLOCK_S, end, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
             slot = (kv_head * S + s % S)[:, None] * C + c[None, :]
-            seen = (s < tl.minimum(end, position))[:, None]
-            k = tl.load(k_ptr + slot, mask=seen, other=0.0)
-            v = tl.load(v_ptr + slot, mask=seen, other=0.0)
-        out = out_ptr + head[:, None] * C + c[None, :]
-        if used == 1:
+            cached = (s < tl.minimum(end, position))[:, None]
+            newest = (s == position)[:, None]
+            k = tl.where(newest, k_new, tl.load(k_ptr + slot, mask=cached, other=0.0))
+            v = tl.where(newest, v_new, tl.load(v_ptr + slot, mask=cached, other=0.0))
+            biggest, total, acc = _attend(q, k, v, s, end, biggest, total, acc, SCALE)
+        if SINGLE:
+            sink = tl.load(sinks_ptr + head, mask=h < HEADS_PER_KV, other=0.0).to(tl.float32)
             new = tl.maximum(biggest, sink)
             shrink = tl.exp(biggest - new)
             total = total * shrink + tl.exp(sink - new)
+            out = out_ptr + head[:, None] * C + c[None, :]
             tl.store(out, acc * (shrink / total)[:, None], mask=own)
         else:
             part = (kv_head * splits + split) * GROUP + h
-            tl.store(acc_ptr + part[:, None] * C + c[None, :], acc)
-            tl.store(stats_ptr + part * 2, biggest)
-            tl.store(stats_ptr + part * 2 + 1, total)
-            tl.debug_barrier()
-            if tl.atomic_add(ticket_ptr + kv_head, 1, sem="acq_rel") == used - 1:
-                tl.debug_barrier()
-                biggest = sink
-                total = tl.full((GROUP,), 1.0, tl.float32)
-                acc = tl.zeros((GROUP, C), tl.float32)
-                for p0 in range(0, used, MERGED):
-                    p_index = p0 + tl.arange(0, MERGED)
-                    parts = (kv_head * splits + p_index)[:, None] * GROUP + h[None, :]
-                    there = (p_index < used)[:, None] & (h < HEADS_PER_KV)[None, :]
-                    peaks = tl.load(
-                        stats_ptr + parts * 2, mask=there, other=float("-inf"), cache_modifier=".cg"
-                    )
-                    sums = tl.load(
-                        stats_ptr + parts * 2 + 1, mask=there, other=0.0, cache_modifier=".cg"
-                    )
-                    accs = tl.load(
-                        acc_ptr + parts[:, :, None] * C + c[None, None, :],
-                        mask=there[:, :, None] & (c < C)[None, None, :],
-                        other=0.0,
-                        cache_modifier=".cg",
-                    )
-                    new = tl.maximum(biggest, tl.max(peaks, axis=0))
-                    shrink = tl.exp(biggest - new)
-                    grow = tl.exp(peaks - new[None, :])
-                    total = total * shrink + tl.sum(sums * grow, axis=0)
-                    acc = acc * shrink[:, None] + tl.sum(accs * grow[:, :, None], axis=0)
-                    biggest = new
-                tl.store(out, acc / total[:, None], mask=own)
-                tl.store(ticket_ptr + kv_head, 0)
+            tl.store(acc_ptr + part[:, None] * C + c[None, :], acc, mask=own)
+            tl.store(stats_ptr + part * 2, biggest, mask=h < HEADS_PER_KV)
+            tl.store(stats_ptr + part * 2 + 1, total, mask=h < HEADS_PER_KV)
+        stamp(trace_ptr, 2)
+
+
+# A program merges the splits of one query head. Grid: H.
+@triton.jit
+def _merge_kernel(
+    acc_ptr,
+    stats_ptr,
+    sinks_ptr,
+    position_ptr,
+    out_ptr,
+    trace_ptr,
+    C: tl.constexpr,
+    HEADS_PER_KV: tl.constexpr,
+    WINDOW: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    SPLITS: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    head = tl.program_id(0)
+    c = tl.arange(0, C)
+    split = tl.arange(0, SPLITS)
+    sink = tl.load(sinks_ptr + head).to(tl.float32)
+    _, _, used = _positions_of(0, SPLITS, tl.load(position_ptr), WINDOW, BLOCK_S)
+    part = (head // HEADS_PER_KV * SPLITS + split) * GROUP + head % HEADS_PER_KV
+    there = split < used
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    peaks = tl.load(stats_ptr + part * 2, mask=there, other=float("-inf"))
+    sums = tl.load(stats_ptr + part * 2 + 1, mask=there, other=0.0)
+    accs = tl.load(acc_ptr + part[:, None] * C + c[None, :], mask=there[:, None], other=0.0)
+    biggest = tl.maximum(tl.max(peaks, axis=0), sink)
+    grow = tl.exp(peaks - biggest)
+    total = tl.sum(sums * grow, axis=0) + tl.exp(sink - biggest)
+    out = tl.sum(accs * grow[:, None], axis=0) / total
+    tl.store(out_ptr + head * C + c, out)
+    stamp(trace_ptr, 2)
 
 
 def sink_attention_decode(
@@ -168,7 +194,7 @@ def sink_attention_decode(
     window: int,
     acc: Tensor,
     stats: Tensor,
-    ticket: Tensor,
+    trace: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     """Attention of the token at `position` over itself and what is cached before it.
 
@@ -182,15 +208,23 @@ def sink_attention_decode(
     window:   positions seen, the token counted; 0 sees all
     acc:      [G, SPLITS, 16 or H / G, C] fp32 scratch
     stats:    [G, SPLITS, 16 or H / G, 2] fp32 scratch
-    ticket:   [G] int32, zero before the first call; left zero
 
     The kernel in front must let this one start only after its own wait, because the position and
     the cache are read early (see kernels/dependent_launch.py).
     Reads 4 * G * C bytes a visible position, which sets its time for long contexts.
     """
     kv_heads, slots, width = k_cache.shape
+    heads = out.shape[0]
     assert k_cache.dtype == v_cache.dtype
-    _attention_kernel[(kv_heads, SPLITS)](
+    single = 0 < window <= BLOCK_S
+    sizes = {
+        "C": width,
+        "HEADS_PER_KV": heads // kv_heads,
+        "WINDOW": window,
+        "GROUP": acc.shape[2],
+        "BLOCK_S": BLOCK_S,
+    }
+    _attention_kernel[(kv_heads, 1 if single else SPLITS)](
         qkv,
         *rope,
         k_cache,
@@ -199,19 +233,28 @@ def sink_attention_decode(
         position,
         acc,
         stats,
-        ticket,
         out,
+        trace[0],
         S=slots,
-        C=width,
-        HEADS_PER_KV=out.shape[0] // kv_heads,
-        WINDOW=window,
         SCALE=width**-0.5,
-        GROUP=acc.shape[2],
-        BLOCK_S=BLOCK_S,
-        MERGED=MERGED,
+        SINGLE=single,
         num_warps=4,
+        **sizes,
         **early_start(qkv),
     )
+    if not single:
+        _merge_kernel[(heads,)](
+            acc,
+            stats,
+            sinks,
+            position,
+            out,
+            trace[1],
+            SPLITS=SPLITS,
+            num_warps=2,
+            **sizes,
+            **early_start(qkv),
+        )
     return out
 
 

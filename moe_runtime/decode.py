@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kernels.gemv import embedding, gemv
 from kernels.moe_gemv import moe_down, moe_gate_up
+from kernels.packed_vector import packed_buffer
 from kernels.router_topk import router_topk
 from kernels.sampling import SamplingState, make_state, sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
@@ -166,14 +167,13 @@ class DecodeStep:
         self.attention = buffer(c.num_heads, c.head_width)
         self.split_acc = buffer(c.num_kv_heads, SPLITS, group, c.head_width)
         self.split_stats = buffer(c.num_kv_heads, SPLITS, group, 2)
-        self.split_ticket = buffer(c.num_kv_heads, dtype=torch.int32)
         self.router_logits = buffer(c.num_experts)
         self.router_ticket = buffer(1, dtype=torch.int32)
         self.expert_ids = buffer(c.experts_per_token, dtype=torch.int32)
         self.expert_weights = buffer(c.experts_per_token)
-        self.packed = buffer(4, c.model_width // 8, 2, dtype=torch.float16)
+        self.packed = packed_buffer(1, c.model_width, device)[0]
         self.unscale = buffer(1)
-        self.hidden = buffer(c.experts_per_token, 4, c.expert_width // 8, 2, dtype=torch.float16)
+        self.hidden = packed_buffer(c.experts_per_token, c.expert_width, device)
         self.logits = buffer(c.vocab_size)
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
 
@@ -234,7 +234,6 @@ class DecodeStep:
             window=c.sliding_window if c.layer_is_sliding[layer] else 0,
             acc=self.split_acc,
             stats=self.split_stats,
-            ticket=self.split_ticket,
         )
         gemv(self.attention.view(-1), w.out, self.residual, bias=w.out_bias, add=True)
 

@@ -21,7 +21,6 @@ def sink_attention_decode(
     window: int,
     acc: Tensor,
     stats: Tensor,
-    ticket: Tensor,
 ) -> Tensor:
     """Same arguments and result as the kernel; the scratch buffers stay as they are."""
     kv_heads, slots, width = k_cache.shape

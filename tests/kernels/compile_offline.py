@@ -30,6 +30,7 @@ from kernels import (
     gemv,
     moe_gemm,
     moe_gemv,
+    moe_routing,
     read_bandwidth,
     rms_norm,
     rope_kv,
@@ -137,6 +138,11 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
     moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))
 
 
+def run_moe_routing(s: Sizes) -> None:
+    for experts in (s.E, 4 * s.E):
+        moe_routing.route_tokens(fp32(300, experts), s.K, 64)
+
+
 def run_gemv(s: Sizes) -> None:
     for rows, columns in (((s.H + 2 * s.G) * s.C, s.D), (s.D, s.H * s.C), (s.V, s.D)):
         x, weight, out = fp32(columns), empty(rows, columns), fp32(rows)
@@ -181,7 +187,7 @@ def run_decode_attention(s: Sizes) -> None:
         sink_attention_decode.sink_attention_decode(
             fp32((s.H + 2 * s.G) * s.C), (fp32(s.context, s.C // 2), fp32(s.context, s.C // 2)),
             cache, cache, empty(s.H), int32(1), fp32(s.H, s.C),
-            window=window, acc=acc, stats=fp32(*acc.shape[:-1], 2), ticket=int32(s.G),
+            window=window, acc=acc, stats=fp32(*acc.shape[:-1], 2),
         )  # fmt: skip
 
 
@@ -197,6 +203,7 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "rms_norm": run_rms_norm,
     "rope_kv": run_rope,
     "sink_attention_prefill": run_prefill_attention,
+    "moe_routing": run_moe_routing,
     "moe_gemm": run_moe_gemm,
     "gemv": run_gemv,
     "router_topk": run_router,
