@@ -30,6 +30,7 @@ CASES = {
     "v3-fp8": (Sizes(), {"format": "fp8"}),
     "v3-e8m0-odd-experts": (Sizes(f=96), {"format": "fp8_e8m0", "shards": 1}),
     "kimi-fp8": (KIMI, {"rope_scaling": KIMI_ROPE, "rope_theta": 50000, "rms_norm_eps": 0.01}),
+    "v3-bf16-no-query-rank": (replace(KIMI, query_rank=None), {"format": "bf16"}),  # Moonlight
     "v32-fp8": (Sizes("deepseek_v32"), {"format": "fp8"}),
 }
 GREEDY = SamplingParams(temperature=0.0)
