@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -68,9 +69,9 @@ class Variant:
         )
 
     @property
-    def encoding(self) -> dict[str, str]:
+    def encoding(self) -> dict[str, Any]:
         """For `encode`."""
-        rule = {"scale_rule": self.scale_rule} if self.scale_rule else {}
+        rule: dict[str, Any] = {"scale_rule": self.scale_rule} if self.scale_rule else {}
         return rule | ({"scale_search": "mse"} if self.scale_search == "mse" else {})
 
     @property

@@ -30,9 +30,9 @@ VERBS = {
     "chat": "Talk with a model in the terminal.",
     "inspect": "Show what a checkpoint holds, from its headers alone.",
     "plan": "Say what a model takes and how fast it would be.",
-    "convert": "Write a checkpoint in FP8 or FP4, from bf16 or FP8, tensor by tensor.",
-    "verify": "Check a checkpoint that somebody has written, and compare it with its source.",
-    "eval": "Measure perplexity, and against a second model KL and top-1 agreement.",
+    "convert": "Write a checkpoint in FP8 or FP4, tensor by tensor.",
+    "verify": "Check a checkpoint, and compare it with its source.",
+    "eval": "Measure perplexity, and KL to a second model.",
     "doctor": "Show what this machine has and what runs on it.",
     "bench": "Measure time to first token and decode speed.",
 }
