@@ -18,13 +18,14 @@ from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
+from moe_runtime.host_memory import check_host_memory
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, fit, formats_by_component, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
-from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, QuantFormat
+from quant.formats import BF16, QuantFormat
 
 # Backend -> the values of dtype that it takes: what it computes in.
 DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
@@ -81,6 +82,8 @@ def create_backend(
             "use backend='reference'"
         )
     rounded = _rounded_inputs(opened, name, activations)
+    if target.type == "cpu":
+        check_host_memory(opened.plan)
     load = partial(
         load_weights,
         checkpoint,
@@ -108,7 +111,7 @@ def create_backend(
 
 
 def _rounded_inputs(opened: OpenedModel, backend: str, activations: str) -> frozenset[str]:
-    """Weights whose inputs are rounded: those in FP8 blocks if the vendor's way is asked for."""
+    """Weights whose inputs are rounded: those in certain formats if the vendor's way is wanted."""
     if activations == "exact":
         return frozenset()
     if activations != "vendor":
@@ -117,8 +120,8 @@ def _rounded_inputs(opened: OpenedModel, backend: str, activations: str) -> froz
         raise ValueError(
             f"activations='vendor' is not there for {opened.config.family} in the {backend} backend"
         )
-    blocks = (FP8_BLOCK128, FP8_BLOCK128_E8M0)
-    return frozenset(weight.name for weight in opened.plan.weights if weight.format in blocks)
+    formats = opened.family.reference.rounded_formats
+    return frozenset(weight.name for weight in opened.plan.weights if weight.format in formats)
 
 
 def expert_formats(plan: LoadPlan) -> tuple[tuple[QuantFormat, QuantFormat], ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kernels.reference.rms_norm import rms_norm
 from moe_runtime.config import DecoderConfig
 from quant import codecs
+from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0, QuantFormat
 from quant.tensor import QuantTensor
 
 Weights = dict[str, Tensor | QuantTensor]
@@ -25,6 +26,8 @@ class ReferenceModel:
     """One model on one device with its cache (fp32, grown as needed); a family adds its layers."""
 
     has_vendor_rounding = False  # whether the family looks at `rounded`
+    # Formats of weights whose inputs the vendor's code rounds.
+    rounded_formats: tuple[QuantFormat, ...] = (FP8_BLOCK128, FP8_BLOCK128_E8M0)
     # Names of weights whose inputs are rounded as in the vendor's code.
     rounded: frozenset[str] = frozenset()
 
