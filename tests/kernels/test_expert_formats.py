@@ -67,14 +67,13 @@ def test_one_token(layer, device, monkeypatch):
     assert_close(residual, twin_residual, "moe_gemv_mxfp4")
 
 
-@pytest.mark.parametrize("block_rows", [16, 128])
-def test_many_tokens(layer, device, block_rows):
+def test_many_tokens(layer, device):
     gate_up, gate_up_bias, down, down_bias = layer
     # fp32 in the interpreter, which gets bf16 arithmetic wrong; bf16 on a GPU.
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     name = "moe_gemm_mxfp4" if device.type == "cpu" else "moe_gemm_mxfp4_bf16"
     x = torch.randn(11, WIDTH, device=device).to(dtype)
-    routing = route_tokens(torch.randn(11, EXPERTS, device=device), TOP_K, block_rows)
+    routing = route_tokens(torch.randn(11, EXPERTS, device=device), TOP_K, 16)
     hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
     expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
     assert_close(hidden, expected, name)

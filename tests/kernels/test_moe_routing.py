@@ -1,9 +1,13 @@
-"""Routing of many tokens against loops written out in Python."""
+"""Routing of many tokens: the kernels and their twin against loops, and against each other."""
 
 import pytest
 import torch
 
-from kernels.moe_routing import Routing, route_tokens
+from kernels import moe_routing
+from kernels.moe_routing import Routing
+from kernels.reference import moe_routing as twin
+
+BOTH = pytest.mark.parametrize("route_tokens", [moe_routing.route_tokens, twin.route_tokens])
 
 
 def check_blocks(routing: Routing, expert_ids_TK: list[list[int]], experts: int) -> None:
@@ -26,11 +30,12 @@ def check_blocks(routing: Routing, expert_ids_TK: list[list[int]], experts: int)
     assert sum(owner < experts for owner in owners) == sum(-(-c // block_rows) for c in counts)
 
 
+@BOTH
 @pytest.mark.parametrize("block_rows", [16, 64])
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k"), [(1, 4, 4), (1, 32, 4), (37, 5, 2), (100, 8, 1), (300, 128, 4)]
 )
-def test_routing(device, tokens, experts, top_k, block_rows):
+def test_routing(device, route_tokens, tokens, experts, top_k, block_rows):
     torch.manual_seed(tokens)
     logits = torch.randn(tokens, experts, device=device) * 3
     logits[:, 0] += 2  # uneven
@@ -44,23 +49,47 @@ def test_routing(device, tokens, experts, top_k, block_rows):
     assert routing.block_rows.dtype == routing.block_expert.dtype == torch.int32
 
 
-def test_ties_take_the_lower_id(device):
+@BOTH
+def test_ties_take_the_lower_id(device, route_tokens):
     logits = torch.tensor([[0.0, 1, 0, 1, 1, 0, 0, 1], [2.0] * 8], device=device)
     routing = route_tokens(logits, 4, 16)
     check_blocks(routing, [[1, 3, 4, 7], [0, 1, 2, 3]], 8)
     assert routing.expert_weights.tolist() == [[0.25] * 4] * 2
 
 
-def test_all_tokens_to_one_expert(device):
+@BOTH
+def test_all_tokens_to_one_expert(device, route_tokens):
     logits = torch.zeros(50, 6, device=device)
     logits[:, 5] = 9.0
     check_blocks(route_tokens(logits, 1, 16), [[5]] * 50, 6)
 
 
-def test_the_plan_does_not_depend_on_the_logits(device):
+@BOTH
+def test_the_plan_does_not_depend_on_the_logits(device, route_tokens):
     """Sizes are the largest that any routing needs: nothing waits for the device."""
     shapes = {
         route_tokens(torch.randn(64, 8, device=device) * scale, 4, 16).block_rows.shape
         for scale in (0.0, 1.0, 50.0)
     }
     assert shapes == {(16 + 8, 16)}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "block_rows"), [(16, 3, 3, 16), (65, 33, 6, 64), (129, 7, 1, 16)]
+)
+def test_the_kernels_agree_with_their_twin(device, tokens, experts, top_k, block_rows):
+    torch.manual_seed(tokens)
+    logits = (torch.randn(tokens, experts, device=device) * 2).round() / 2  # with ties
+    ours, expected = (m.route_tokens(logits, top_k, block_rows) for m in (moe_routing, twin))
+    assert torch.equal(ours.block_rows, expected.block_rows)
+    assert torch.equal(ours.block_expert, expected.block_expert)
+    torch.testing.assert_close(ours.expert_weights, expected.expert_weights, rtol=1e-6, atol=0)
+
+
+def test_nan_and_infinity_choose_different_experts_that_exist(device):
+    logits = torch.full((3, 5), float("nan"), device=device)
+    logits[1] = float("-inf")
+    logits[2, 3] = 1.0
+    rows = moe_routing.route_tokens(logits, 3, 16)
+    check_blocks(rows, [[0, 1, 2], [0, 1, 2], [3, 0, 1]], 5)
+    assert rows.expert_weights[2].tolist() == [1.0, 0.0, 0.0]
