@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_QUERIES = 256  # at once: bounds the scores in memory
+_MAX_SCORES = 1 << 25  # at once: bounds the memory
 
 
 @dataclass
@@ -101,8 +101,9 @@ def index_is_chosen(
     if len(rows_NC) <= top_k:
         return seen_TN
     chosen = []
+    size = _queries_at_once(q_TIC, rows_NC)
     for q, weights, seen in zip(
-        q_TIC.split(_QUERIES), head_weights_TI.split(_QUERIES), seen_TN.split(_QUERIES), strict=True
+        q_TIC.split(size), head_weights_TI.split(size), seen_TN.split(size), strict=True
     ):
         scores = torch.einsum("ti,tin->tn", weights, (q @ rows_NC.T).relu())
         best = scores.masked_fill(~seen, float("-inf")).topk(top_k, dim=-1).indices
@@ -118,10 +119,15 @@ def shared_row_attention(
     sinks_H: one logit a head in the softmax denominator, not scaled
     """
     out = []
-    for q, seen in zip(q_THC.split(_QUERIES), seen_TS.split(_QUERIES), strict=True):
+    size = _queries_at_once(q_THC, rows_SC)
+    for q, seen in zip(q_THC.split(size), seen_TS.split(size), strict=True):
         scores_THS = (q @ rows_SC.T) * q.shape[-1] ** -0.5
         scores_THS = scores_THS.masked_fill(~seen[:, None], float("-inf"))
         sinks = sinks_H[:, None].expand(len(q), -1, 1)
         weights_THS = torch.cat((scores_THS, sinks), dim=-1).softmax(dim=-1)[..., :-1]
         out.append(weights_THS @ rows_SC)
     return torch.cat(out)
+
+
+def _queries_at_once(q_THC: Tensor, rows_SC: Tensor) -> int:
+    return max(1, _MAX_SCORES // (q_THC.shape[1] * len(rows_SC)))

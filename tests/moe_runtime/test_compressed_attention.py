@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe_runtime.layers import compressed_attention
 from moe_runtime.layers.compressed_attention import (
     Compressor,
     compressed_is_seen,
@@ -19,6 +20,12 @@ WIDTH = 6
 
 def random(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True, params=[1 << 25, 40], ids=["all queries at once", "few at once"])
+def max_scores(request, monkeypatch):
+    """Long sequences are taken in parts; short ones here too."""
+    monkeypatch.setattr(compressed_attention, "_MAX_SCORES", request.param)
 
 
 @pytest.mark.parametrize(
