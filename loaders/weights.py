@@ -1,6 +1,7 @@
 """Weights of a planned checkpoint, on the CPU over mapped files or on a GPU through staging.
 
-What comes in is checked on the way: floats must be finite, E8M0 and E4M3 bytes not NaN.
+What comes in is checked on the way: floats must be finite, E8M0 and E4M3 bytes not NaN,
+scales of whole tensors not 0.
 """
 
 from __future__ import annotations
@@ -158,10 +159,13 @@ def _bad_flags(tensor: Tensor, holds: str) -> Iterator[Tensor]:
     if holds == "bytes":
         return
     flat = tensor.view(-1)
-    for chunk in (flat if holds == "floats" else flat.view(torch.uint8)).split(_CHECK_CHUNK):
+    plain = holds in ("floats", "scale")
+    for chunk in (flat if plain else flat.view(torch.uint8)).split(_CHECK_CHUNK):
         if chunk.numel() == 0:
             continue
-        if holds == "floats":
+        if holds == "scale":
+            yield _is_bad(chunk, holds).any()
+        elif holds == "floats":
             # NaN and infinity both show in the extremes, which need no array of booleans.
             low, high = torch.aminmax(chunk)
             yield ~(low.isfinite() & high.isfinite())
@@ -195,6 +199,8 @@ def _bad_tensor(tensor: Tensor, part: StoredTensor) -> CheckpointError:
 def _is_bad(values: Tensor, holds: str) -> Tensor:
     if holds == "floats":
         return ~values.isfinite()
+    if holds == "scale":
+        return ~values.isfinite() | (values == 0)
     codes = values.view(torch.uint8)
     return codes == _E8M0_NAN if holds == "e8m0" else (codes & _E4M3_NAN) == _E4M3_NAN
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
-from loaders.errors import CheckpointError
+from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import listed
 from loaders.logical import LogicalTensor
 from loaders.logical_schemes import scale_shape
@@ -21,6 +21,7 @@ from loaders.safetensors_header import TensorInfo
 from quant.formats import QuantFormat
 
 DENSE_DTYPES = ("BF16", "F16", "F32")
+_ONE_EXPERT = re.compile(r".*\bexperts\.\d+\.")
 _MISMATCH = (
     "config.json and the weights do not belong together, or the checkpoint was sharded or "
     "converted: download the published one again"
@@ -60,7 +61,7 @@ class StoredTensor:
     sources: tuple[TensorInfo, ...]
     dtype: str  # as in the files
     shape: tuple[int, ...]  # as it is filled
-    holds: str  # "floats" (must be finite), "e8m0", "e4m3" (must not be NaN) or "bytes"
+    holds: str  # "floats" (finite), "scale" (and not 0), "e8m0", "e4m3" (not NaN) or "bytes"
 
     @property
     def nbytes(self) -> int:
@@ -146,7 +147,8 @@ def match_names(
 
     tensors: loaders.logical.logical_tensors of the checkpoint
     dims:    the letters of the table's shapes, e.g. {"D": 2880, ..}
-    Raises CheckpointError when a tensor is missing, left over, or of another shape or format.
+    Raises CheckpointError when a tensor is missing, left over, or of another shape or format,
+    UnsupportedModelError for single experts where the family has stacked ones.
     """
     by_name = {tensor.name: tensor for tensor in tensors}
     specs = dict(_expanded(table, dims, num_layers))
@@ -191,6 +193,12 @@ def _account_for_all(
 ) -> dict[str, str]:
     """Every tensor is wanted or skipped for a reason, and every wanted one is there."""
     missing = sorted(wanted - set(names))
+    single = next((name for name in sorted(names) if _ONE_EXPERT.match(name)), None)
+    if missing and single is not None and not any(map(_ONE_EXPERT.match, wanted)):
+        raise UnsupportedModelError(
+            f"experts that are stored one by one ({single}) are not supported for this family",
+            hint="take a checkpoint whose experts are stacked, as the published one",
+        )
     if missing:
         raise CheckpointError(
             f"{len(missing)} of {len(wanted)} tensors are missing: {listed(missing)}",
@@ -289,6 +297,8 @@ def _part_shape(
 
 
 def _holds(part: str, tensor: LogicalTensor, info: TensorInfo) -> str:
+    if part == "tensor_scale":
+        return "scale"  # a 0 that no tool ever wrote was seen to empty whole layers
     if info.dtype in DENSE_DTYPES:
         return "floats"
     if info.dtype == "F8_E4M3":

@@ -75,7 +75,8 @@ def test_the_plan_does_not_depend_on_the_logits(device, route_tokens):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "block_rows"), [(16, 3, 3, 16), (65, 33, 6, 64), (129, 7, 1, 16)]
+    ("tokens", "experts", "top_k", "block_rows"),
+    [(16, 3, 3, 16), (65, 33, 6, 64), (129, 7, 1, 16), (1100, 128, 4, 128)],
 )
 def test_the_kernels_agree_with_their_twin(device, tokens, experts, top_k, block_rows):
     torch.manual_seed(tokens)
