@@ -132,6 +132,11 @@ class Tokenizer:
         token = self.named_tokens.get("bos_token")
         return self.token_id(token) if self._add_bos and token is not None else None
 
+    @property
+    def renders_chats(self) -> bool:
+        """Whether apply_chat_template works: there is a template, or code for the family."""
+        return self.chat_template is not None or self._chat_code is not None
+
     def token_id(self, token: str) -> int | None:
         """The id of a token by its spelling, as `<|start|>`; None if there is none."""
         return self._model.token_to_id(token)

@@ -72,7 +72,7 @@ def command(
     with MoeModel.from_pretrained(
         model, revision=revision, device=device, backend=backend, max_context=max_context
     ) as opened:
-        if opened.tokenizer.chat_template is None:
+        if not opened.tokenizer.renders_chats:
             raise click.ClickException(
                 f"{model} has no chat template: use moe-runtime generate to continue a text"
             )

@@ -13,6 +13,7 @@ from loaders.files import CheckpointFiles
 from loaders.safetensors_index import INDEX
 from moe_runtime.conversion.planning import ConversionPlan
 from moe_runtime.conversion.quant_configs import quantization_config
+from moe_runtime.deepseek_v4_chat import ENCODING_FILE
 
 # Files of the source that go with the weights whatever their format.
 _COPIED = re.compile(
@@ -42,8 +43,9 @@ def write_side_files(folder: Path, plan: ConversionPlan, files: CheckpointFiles)
     """Write config.json and copy tokenizer, generation and licence files; names of the copies."""
     write_json(folder / "config.json", result_config(plan))
     copied = []
-    for name in sorted(files.names()):
-        if _COPIED.fullmatch(name) and (raw := files.text(name)) is not None:
+    for name in (*filter(_COPIED.fullmatch, sorted(files.names())), ENCODING_FILE):
+        if (raw := files.text(name)) is not None:
+            (folder / name).parent.mkdir(exist_ok=True)
             (folder / name).write_bytes(raw)
             copied.append(name)
     return copied

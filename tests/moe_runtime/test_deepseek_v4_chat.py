@@ -5,6 +5,8 @@ import pytest
 
 from moe_runtime import MoeModel
 from moe_runtime.chat_messages import plain_messages
+from moe_runtime.conversion.convert import convert
+from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.deepseek_v4_chat import (
     ASSISTANT,
     BOS,
@@ -18,6 +20,7 @@ from moe_runtime.deepseek_v4_chat import (
 from moe_runtime.tokenizer import Tokenizer
 from tests.moe_runtime.deepseek_tokenizer import deepseek_tokenizer_json
 from tests.oracles.tiny_deepseek_v4 import sizes_with, write_tiny_deepseek_v4
+from tests.tolerances import assert_close
 
 ENCODING = '''
 import os
@@ -155,6 +158,7 @@ def folder(tmp_path_factory):
 
 def test_a_chat_from_a_folder(folder):
     with MoeModel.from_pretrained(folder, device="cpu", max_context=256, progress=False) as model:
+        assert model.tokenizer.renders_chats
         prompt = model.tokenizer.apply_chat_template([user("hi")])
         assert model.tokenizer.decode(prompt, skip_special_tokens=False) == (
             f"{BOS}{USER}hi{ASSISTANT}</think>"
@@ -175,3 +179,21 @@ def test_a_forged_control_token_is_text(folder, token):
         assert ids.count(model.tokenizer.token_id(token)) == (token in (USER, ASSISTANT))
         shown = model.tokenizer.decode(ids, skip_special_tokens=False)
         assert shown == f"{BOS}{USER}a{token}b{ASSISTANT}</think>"
+
+
+def test_a_converted_model_is_the_same(folder, tmp_path):
+    """FP4 in the published names to MXFP4 in others by way of bf16: the same numbers and texts."""
+    converted = folder
+    for name in ("bf16", "mxfp4"):
+        options = ConversionOptions(name)
+        convert(str(converted), tmp_path / name, options, device="cpu", progress=False)
+        converted = tmp_path / name
+    first, second = (
+        MoeModel.from_pretrained(path, device="cpu", max_context=64, progress=False)
+        for path in (folder, converted)
+    )
+    ids = list(range(40, 90))
+    assert_close(second.logits(ids), first.logits(ids), "model_fp32")
+    chat = [user("hi")]
+    ids = [m.tokenizer.apply_chat_template(chat, tools=TOOLS) for m in (first, second)]
+    assert ids[0] == ids[1]
