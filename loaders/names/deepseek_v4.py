@@ -1,8 +1,9 @@
-"""DeepSeek V4: our names of its weights, under the vendor's names and as transformers saves them.
+"""DeepSeek V4: our names of its weights, for the vendor's names and two spellings of transformers.
 
-The vendor's names are those of the published files. transformers writes the same with "model." in
-front and a few exceptions. Which weights a layer has depends on its ratio and on whether it chooses
-experts by hash, so the table is made for one model.
+The vendor's names are those of the published files. transformers saves the same with "model." in
+front and a few exceptions, or, if asked for, the names of its modules with experts in one tensor.
+Which weights a layer has depends on its ratio and on whether it chooses experts by hash, so the
+table is made for one model.
 
 Letters as in moe_runtime/models/deepseek_v4_config.py. Rows of gate_up are those of the gate (w1),
 then those of up (w3).
@@ -10,7 +11,8 @@ then those of up (w3).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -28,6 +30,34 @@ _SAVED_NAMES = {
     "hc_head_base": "model.hc_head.hc_base",
     "hc_head_scale": "model.hc_head.hc_scale",
 }
+# The modules of transformers, in place of parts of the vendor's names, one after the other.
+_MODULE_NAMES = (
+    (r"^embed\.", "model.embed_tokens."),
+    (r"^head\.", "lm_head."),
+    (r"^norm\.", "model.norm."),
+    (r"^hc_head_", "model.hc_head.hc_"),
+    (r"attn\.indexer\.compressor\.", "attn.compressor.indexer."),
+    (r"attn\.indexer\.weights_proj", "attn.compressor.indexer.scorer.weights_proj"),
+    (r"attn\.indexer\.", "attn.compressor.indexer."),
+    (r"compressor\.(indexer\.)?norm\.", r"compressor.\1kv_norm."),
+    (r"\.attn_norm\.", ".input_layernorm."),
+    (r"\.ffn_norm\.", ".post_attention_layernorm."),
+    (r"\.hc_(attn|ffn)_", r".\1_hc."),
+    (r"\.attn_sink", ".sinks"),
+    (r"\.ape$", ".position_bias"),
+    (r"\.q_norm\.", ".q_a_norm."),
+    (r"\.wq_(a|b)\.", r".q_\1_proj."),
+    (r"\.wo_(a|b)\.", r".o_\1_proj."),
+    (r"\.wkv\.", ".kv_proj."),
+    (r"\.wgate\.", ".gate_proj."),
+    (r"\.gate\.bias$", ".gate.e_score_correction_bias"),
+    (r"\.w1\.", ".gate_proj."),
+    (r"\.w2\.", ".down_proj."),
+    (r"\.w3\.", ".up_proj."),
+    (r"^layers\.(\d+)\.attn\.", r"model.layers.\1.self_attn."),
+    (r"^layers\.(\d+)\.ffn\.", r"model.layers.\1.mlp."),
+    (r"^layers\.", "model.layers."),
+)
 _ATTENTION = {
     "query_a": matrix("attn.wq_a.weight", "R D"),
     "query_norm": dense("attn.q_norm.weight", "R"),
@@ -57,6 +87,18 @@ _MOE = {
 }
 
 
+def name_table(
+    names: Collection[str], compress_ratios: Sequence[int], num_hash_layers: int
+) -> NameTable:
+    """The table for tensors of these names; the arguments behind are those of vendor_names."""
+    table = vendor_names(compress_ratios, num_hash_layers)
+    if "model.embed_tokens.weight" not in names:
+        return table
+    if "lm_head.weight" in names:
+        return _module_table(table)
+    return NameTable({name: _renamed(s, _saved) for name, s in table.weights.items()}, _SKIP)
+
+
 def vendor_names(compress_ratios: Sequence[int], num_hash_layers: int) -> NameTable:
     """The weights of a model by the names of the published files.
 
@@ -79,12 +121,6 @@ def vendor_names(compress_ratios: Sequence[int], num_hash_layers: int) -> NameTa
         for name, spec in of_layer.items():
             weights[f"layers.{layer}.{name}"] = _renamed(spec, partial(_in_layer, layer))
     return NameTable(weights, _SKIP)
-
-
-def saved_names(compress_ratios: Sequence[int], num_hash_layers: int) -> NameTable:
-    """The same by the names that transformers' save_pretrained writes."""
-    table = vendor_names(compress_ratios, num_hash_layers)
-    return NameTable({name: _renamed(s, _saved) for name, s in table.weights.items()}, _SKIP)
 
 
 def _attention(ratio: int) -> dict[str, WeightSpec]:
@@ -126,6 +162,24 @@ def _hyper(ours: str, theirs: str, rows: str, scales: str) -> dict[str, WeightSp
 
 def _in_layer(layer: int, name: str) -> str:
     return f"layers.{layer}.{name}"
+
+
+def _module_table(table: NameTable) -> NameTable:
+    """The same by the names of transformers' modules."""
+    weights = {name: _renamed(spec, _module_name) for name, spec in table.weights.items()}
+    for name in weights:
+        layer = ".".join(name.split(".")[:2])
+        if name.endswith(".moe.gate_up"):
+            weights[name] = matrix(f"model.{layer}.mlp.experts.gate_up_proj", "E 2F D")
+        elif name.endswith(".moe.down"):
+            weights[name] = matrix(f"model.{layer}.mlp.experts.down_proj", "E D F")
+    return NameTable(weights, _SKIP)
+
+
+def _module_name(name: str) -> str:
+    for part, module in _MODULE_NAMES:
+        name = re.sub(part, module, name)
+    return name
 
 
 def _saved(name: str) -> str:

@@ -2,8 +2,8 @@
 
 compress_ratios has an entry a layer, then one for each MTP block: 0 is a window alone, 4 overlaps
 and has an indexer, anything else (128 as published) neither. transformers writes layer_types with
-compress_rates in its place, one rope_parameters for each kind of rope, and other tensor names. The
-format of the experts (expert_dtype) is taken from the files.
+compress_rates in its place, and one rope_parameters for each kind of rope. The format of the
+experts (expert_dtype) and the spelling of tensor names are taken from the files.
 
 D model width, H heads, C head width, R query rank, G output groups, O output rank, P rotary width,
 Y = H * C / G, I index heads, J index width, N streams, M = N * (N + 2), E experts,
@@ -62,7 +62,6 @@ class DeepseekV4Config(DecoderConfig):
     hyper_eps: float
     window_rope: YarnRope  # of layers with ratio 0
     compressed_rope: YarnRope  # of the others
-    vendor_names: bool  # of the tensors; False: those that transformers writes
 
     @property
     def dims(self) -> dict[str, int]:
@@ -173,7 +172,6 @@ def read_config(
         hyper_eps=reader.number("hc_eps", maximum=1.0),
         window_rope=window_rope,
         compressed_rope=compressed_rope,
-        vendor_names=reader.values.get("compress_ratios") is not None,
     )
     _check_sizes(reader, model)
     return model

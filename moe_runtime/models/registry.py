@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -41,18 +41,21 @@ class ModelFamily:
     architectures: tuple[str, ...]
     # config.json, generation_config.json ({} if there is none), layout -> the model's facts
     read_config: Callable[[Mapping[str, Any], Mapping[str, Any], str], DecoderConfig]
-    # by layout; the names can depend on the config, which is one of this family
-    name_tables: Mapping[str, Callable[[Any], NameTable]]
+    # by layout; the table can depend on the config, which is one of this family, and on how the
+    # tensors are called
+    name_tables: Mapping[str, Callable[[Any, Collection[str]], NameTable]]
     reference: type[ReferenceModel]
     # for checkpoints without a chat template: what renders their chats
     chat_code: Callable[[Checkpoint], ChatRenderer] | None = None
 
 
-def _always(table: NameTable, config: DecoderConfig) -> NameTable:
+def _always(table: NameTable, config: DecoderConfig, names: Collection[str]) -> NameTable:
     return table
 
 
-def _deepseek_table(make: Callable[..., NameTable], config: DeepseekConfig) -> NameTable:
+def _deepseek_table(
+    make: Callable[..., NameTable], config: DeepseekConfig, names: Collection[str]
+) -> NameTable:
     return make(
         num_layers=config.num_layers,
         num_dense_layers=config.num_dense_layers,
@@ -61,9 +64,8 @@ def _deepseek_table(make: Callable[..., NameTable], config: DeepseekConfig) -> N
     )
 
 
-def _deepseek_v4_table(config: DeepseekV4Config) -> NameTable:
-    make = deepseek_v4_names.vendor_names if config.vendor_names else deepseek_v4_names.saved_names
-    return make(config.compress_ratios, config.num_hash_layers)
+def _deepseek_v4_table(config: DeepseekV4Config, names: Collection[str]) -> NameTable:
+    return deepseek_v4_names.name_table(names, config.compress_ratios, config.num_hash_layers)
 
 
 def _deepseek_v4_chat(checkpoint: Checkpoint) -> ChatRenderer:
@@ -165,6 +167,7 @@ def plan_model(checkpoint: Checkpoint) -> OpenedModel:
     tensors = logical_tensors(checkpoint)
     check_quantization(checkpoint.config, tensors)
     config = family.read_config(checkpoint.config, checkpoint.generation_config, checkpoint.layout)
-    table = family.name_tables[checkpoint.layout](config)
+    names = {tensor.name for tensor in tensors}
+    table = family.name_tables[checkpoint.layout](config, names)
     plan = match_names(tensors, table, config.dims, config.num_layers)
     return OpenedModel(family, config, table, plan)

@@ -150,10 +150,11 @@ def test_every_row_of_the_index_and_the_window_matters(pair, whole):
             assert_close(moved, whole, "bf16")
 
 
-def test_what_transformers_saves_is_read(pair, tmp_path):
+@pytest.mark.parametrize("original_format", [True, False], ids=["default", "module names"])
+def test_what_transformers_saves_is_read(pair, tmp_path, original_format):
     """save_pretrained: other tensor names, other words in config.json, no quantization."""
     theirs, _ = pair
-    theirs.save_pretrained(tmp_path)
+    theirs.save_pretrained(tmp_path, save_original_format=original_format)
     assert "compress_ratios" not in json.loads((tmp_path / "config.json").read_text())
     ids = some_ids(170)
     assert_close(make_backend(tmp_path).logits(ids), their_logits(theirs, ids), "model_fp32")
