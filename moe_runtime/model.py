@@ -91,8 +91,8 @@ class MoeModel:
         backend:          "auto", "reference" (plain torch in fp32: the numbers to trust), "triton"
         dtype:            of the activations: "auto" is fp32 for reference and bf16 for triton
         max_context:      tokens the KV cache is made for; default what the model allows and fits
-        activations:      "exact", or "vendor" to round them to FP8 before weights in FP8 blocks as
-                          the code that DeepSeek V3 was published with does (reference)
+        activations:      "exact", or "vendor" to round them to FP8 before quantized weights as the
+                          code that DeepSeek V3 and V4 were published with does (reference)
         local_files_only: never ask the hub
         progress:         bars and notes on stderr
 
