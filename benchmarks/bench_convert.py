@@ -1,6 +1,6 @@
 """Speed and memory of `convert`, beside compressed-tensors' own packing of the same tensors.
 
-    python benchmarks/bench_convert.py --gigabytes 4 --csv benchmarks/results/cpu.csv
+    python benchmarks/bench_convert.py --gigabytes 4 --csv benchmarks/results/cpu_2core.csv
 
 Writes a synthetic bf16 checkpoint with the shapes of Qwen3-30B-A3B's experts (normal numbers of
 deviation 0.02), converts it from end to end (read, encode, measure errors, write) in a process of

@@ -13,9 +13,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-# Weights in a tile. On a CPU several fp32 copies of it stay in the second-level cache; on a GPU it
-# only needs to be enough to fill it.
-_CPU_WEIGHTS = 1 << 17
+# Weights in a tile. On a CPU its fp32 copies stay near, and an operation takes long enough that
+# threads do not spend their time on handing each other the interpreter's lock: with a quarter of it
+# two threads are as slow as one. On a GPU it only needs to be enough to fill it.
+_CPU_WEIGHTS = 1 << 19
 _GPU_WEIGHTS = 1 << 26
 
 Item = TypeVar("Item")
