@@ -1,6 +1,8 @@
 """DeepSeek V2, V3, V3.2 and Kimi-K2: facts of the published models, bad input, what is refused."""
 
 import json
+from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
@@ -8,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from loaders.checkpoint import open_files, open_folder
 from loaders.errors import CheckpointError, UnsupportedModelError
-from moe_runtime import backends
+from moe_runtime import backends, host_memory
+from moe_runtime.errors import DoesNotFitError
 from moe_runtime.models.registry import MODELS, plan_model
 from moe_runtime.plan import MemoryPlan, fit, weights_by_component
 from tests.oracles import published_headers
@@ -67,10 +70,14 @@ def test_kimi_k2_is_a_deepseek_v3():
     assert MODELS["kimi_k2"].architectures == ("DeepseekV3ForCausalLM",)
 
 
+@cache
+def published(v32):
+    return plan_model(open_files(published_headers.deepseek_v3(v32=v32)))
+
+
 @pytest.mark.parametrize("v32", [False, True], ids=["V3", "V3.2"])
 def test_published_headers_are_understood_to_the_byte(v32):
-    checkpoint = open_files(published_headers.deepseek_v3(v32=v32))
-    opened = plan_model(checkpoint)
+    opened = published(v32)
     by_component = weights_by_component(opened.plan.nbytes)
     plan = MemoryPlan(opened.config, by_component, 32768)
     assert set(opened.plan.skipped.values()) == {"multi-token prediction is not used"}
@@ -86,7 +93,7 @@ def test_published_headers_are_understood_to_the_byte(v32):
 
 
 def test_heads_and_experts_are_divided_among_devices():
-    opened = plan_model(open_files(published_headers.deepseek_v3()))
+    opened = published(v32=False)
     weights = weights_by_component(opened.plan.nbytes)
     fit_on = {"max_context": 4096, "free_bytes": 141 * 10**9, "device": "cuda"}
     plan = fit(opened.config, weights, world_size=8, **fit_on)
@@ -208,6 +215,21 @@ def test_there_are_no_gpu_kernels_yet(tmp_path, monkeypatch, capsys):
     assert made.name == "reference" and made.device.type == "cpu"
     said = capsys.readouterr().err
     assert said == "running on the CPU, slowly: there are no GPU kernels for deepseek_v3 models\n"
+
+
+@pytest.mark.parametrize("f", [128, 32])
+def test_experts_need_room_in_memory(tmp_path, monkeypatch, f):
+    """They are put together from tensors of their own; where blocks do not line up, decoded."""
+    write_tiny_deepseek(tmp_path, replace(SMALL, f=f))
+    checkpoint = open_folder(tmp_path)
+    opened = plan_model(checkpoint)
+    gate_up, down = 8 * 2 * f * 32, 8 * 32 * f
+    needed = 4 * down + (gate_up + 8 * 2 * 4 if f == 128 else 4 * gate_up)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda: needed)
+    backends.create_backend(checkpoint, opened, device="cpu", progress=False)
+    monkeypatch.setattr(host_memory, "free_host_bytes", lambda: needed - 1)
+    with pytest.raises(DoesNotFitError, match="cpu: experts are put together in memory"):
+        backends.create_backend(checkpoint, opened, device="cpu", progress=False)
 
 
 def test_config_json_without_its_architecture_still_opens(tmp_path):
