@@ -28,8 +28,8 @@ class Tile:
 # By bytes of a weight: a matrix of fewer than MANY_ROWS rows, and a larger one (the head).
 MANY_ROWS = 65536
 TILES = {
-    2: (Tile(2, 1024, 4), Tile(8, 1024, 4)),
-    1: (Tile(4, 1024, 4), Tile(8, 1024, 4)),
+    2: (Tile(4, 1024, 4), Tile(8, 1024, 4)),
+    1: (Tile(8, 1024, 4), Tile(4, 512, 1)),
     4: (Tile(2, 1024, 4), Tile(8, 1024, 4)),
 }
 

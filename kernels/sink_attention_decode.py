@@ -16,6 +16,8 @@ from kernels.dependent_launch import early_start, let_next_start, stamp, wait_fo
 
 SPLITS = 32  # programs a kv head; short contexts leave most without work
 BLOCK_S = 128  # cached positions a program reads at a time
+# Shared memory for more stages would come out of the L1 cache, which the kernels around this one use.
+NUM_STAGES = 1
 
 
 @triton.jit
@@ -239,6 +241,7 @@ def sink_attention_decode(
         SCALE=width**-0.5,
         SINGLE=single,
         num_warps=4,
+        num_stages=NUM_STAGES,
         **sizes,
         **early_start(qkv),
     )
