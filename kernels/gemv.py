@@ -69,7 +69,7 @@ def _gemv_kernel(
             w = tl.load(row_ptrs + k[None, :], mask=rows[:, None], other=0.0)
         else:
             w = tl.load(row_ptrs + k[None, :], mask=rows[:, None] & (k < K)[None, :], other=0.0)
-        tiles = tiles + (w,)
+        tiles = tiles + (w,)  # type: ignore[assignment]
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     if not START_NEXT_FIRST:
