@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 
 import torch
 
@@ -17,6 +16,15 @@ from loaders.names.table import LoadPlan, PlannedWeight
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import DecoderConfig, ModelConfig
+from moe_runtime.dense_format import (
+    AS_PUBLISHED,
+    DENSE_FORMATS,
+    bytes_as_loaded,
+    knows_fp8,
+    pack,
+    packed_names,
+    packing_bytes,
+)
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.host_memory import check_host_memory
 from moe_runtime.models.reference_model import Weights
@@ -38,6 +46,7 @@ def create_backend(
     device: str = "auto",
     backend: str = "auto",
     dtype: str = "auto",
+    dense_format: str = AS_PUBLISHED,
     max_context: int | None = None,
     activations: str = "exact",
     progress: bool = True,
@@ -48,6 +57,7 @@ def create_backend(
     device:       "auto" (a GPU on which it fits, else the CPU), "cpu", "cuda" or "cuda:1"
     backend:      "auto" (triton on a GPU, reference on a CPU), "reference" or "triton"
     dtype:        "auto", "fp32" (reference) or "bf16" (triton)
+    dense_format: "as-published", or "fp8": attention and head are packed, see dense_format.py
     max_context:  positions of the cache; default the model's own limit or what fits
     activations:  "exact", or "vendor": rounded to FP8 before quantized weights as in the code that
                   DeepSeek V3 was published with (reference)
@@ -65,10 +75,14 @@ def create_backend(
         )
     if max_context is not None and not 1 <= max_context <= config.max_context:
         raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
-    weight_bytes = weights_by_component(opened.plan.nbytes)
-    target, plan = _place(config, weight_bytes, device, backend, max_context, progress)
+    packed = packed_names(opened.plan, config.family, dense_format)
+    nbytes = bytes_as_loaded(opened.plan, packed)
+    room = packing_bytes(opened.plan, packed)
+    weight_bytes = weights_by_component(nbytes)
+    target, plan = _place(config, weight_bytes, device, backend, max_context, room, progress)
     formats = {w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights}
-    plan = replace(plan, formats=formats_by_component(formats, opened.plan.nbytes))
+    formats |= dict.fromkeys(packed, dense_format)
+    plan = replace(plan, formats=formats_by_component(formats, nbytes))
     name = backend
     if name == "auto":
         kernels = target.type == "cuda" and has_kernels(config.family)
@@ -81,18 +95,26 @@ def create_backend(
             f"the triton backend needs a CUDA GPU of compute capability 8.0 or more, got {target}; "
             "use backend='reference'"
         )
+    if packed and name == "triton" and not knows_fp8(target):
+        raise ValueError(
+            f"dense_format={dense_format!r} needs a GPU of compute capability 8.9 or more, "
+            f"{target} has less; leave it out (--dense-format)"
+        )
     rounded = _rounded_inputs(opened, name, activations)
     if target.type == "cpu":
         check_host_memory(opened.plan)
-    load = partial(
-        load_weights,
-        checkpoint,
-        opened.table,
-        config.dims,
-        config.num_layers,
-        device=target,
-        progress=progress,
-    )
+
+    def load() -> Weights:
+        weights = load_weights(
+            checkpoint,
+            opened.table,
+            config.dims,
+            config.num_layers,
+            device=target,
+            progress=progress,
+        )
+        return pack(weights, packed)
+
     if name == "reference":
         model = opened.family.reference(config, load(), target)
         model.rounded = rounded
@@ -101,7 +123,8 @@ def create_backend(
         assert isinstance(config, ModelConfig), config.family
         pairs = expert_formats(opened.plan)
         with torch.cuda.device(target):
-            weights = _compile_and_load(plan, target, load, pairs)
+            dense = DENSE_FORMATS[dense_format] if packed else None
+            weights = _compile_and_load(plan, target, load, pairs, dense)
             made = TritonBackend(config, weights, plan, target)
     if progress:
         for reason, count in Counter(opened.plan.skipped.values()).items():
@@ -157,6 +180,7 @@ def _compile_and_load(
     target: torch.device,
     load: Callable[[], Weights],
     formats: tuple[tuple[QuantFormat, QuantFormat], ...],
+    dense_format: QuantFormat | None = None,
 ) -> Weights:
     """Weights, and every kernel compiled: both at once where there is room for it."""
     assert isinstance(plan.config, ModelConfig), plan.config.family
@@ -164,7 +188,7 @@ def _compile_and_load(
     with ThreadPoolExecutor(1) as pool:
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
         loading = pool.submit(load) if roomy else None
-        compile_kernels(plan.config, plan.max_context, target, formats)
+        compile_kernels(plan.config, plan.max_context, target, formats, dense_format)
         if loading is not None:
             return loading.result()
     torch.cuda.empty_cache()
@@ -177,6 +201,7 @@ def _place(
     device: str,
     backend: str,
     max_context: int | None,
+    packing_bytes: int,
     progress: bool,
 ) -> tuple[torch.device, MemoryPlan]:
     """The device to run on and the plan that fits it."""
@@ -186,14 +211,14 @@ def _place(
             _say(f"running on the CPU, slowly: there are no GPU kernels for {config.family} models")
         elif _runs_kernels(target):
             try:
-                return target, _fit_gpu(config, weight_bytes, target, max_context)
+                return target, _fit_gpu(config, weight_bytes, target, max_context, packing_bytes)
             except DoesNotFitError as error:
                 _say(f"running on the CPU, slowly: {error.message}; {error.hint}")
         elif progress:
             _say(f"running on the CPU: {target} has a compute capability below 8.0")
     target = parse_device(device)
     if target.type == "cuda":
-        return target, _fit_gpu(config, weight_bytes, target, max_context)
+        return target, _fit_gpu(config, weight_bytes, target, max_context, packing_bytes)
     return target, MemoryPlan(config, weight_bytes, max_context or config.max_context)
 
 
@@ -222,10 +247,16 @@ def _fit_gpu(
     weight_bytes: dict[str, int],
     target: torch.device,
     max_context: int | None,
+    packing_bytes: int,
 ) -> MemoryPlan:
     free_bytes, _ = torch.cuda.mem_get_info(target)
     return fit(
-        config, weight_bytes, max_context=max_context, free_bytes=free_bytes, device=str(target)
+        config,
+        weight_bytes,
+        max_context=max_context,
+        free_bytes=free_bytes,
+        device=str(target),
+        packing_bytes=packing_bytes,
     )
 
 

@@ -93,6 +93,7 @@ def run_bench(
     revision: str | None,
     device: str,
     backend: str,
+    dense_format: str,
     contexts: Sequence[int],
     prompts: Sequence[int],
     tokens: int,
@@ -107,6 +108,7 @@ def run_bench(
         revision=revision,
         device=device,
         backend=backend,
+        dense_format=dense_format,
         max_context=max_context or longest,
     ) as model:
         _generate_s(model, min(prompts), 1)

@@ -29,13 +29,14 @@ from quant.tensor import QuantTensor
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """One layer's weights as the kernels read them: dense bf16, experts as published."""
+    """One layer's weights as the kernels read them: experts as published, qkv and out in bf16 or
+    packed by rows in FP8, all else bf16."""
 
     attention_norm: Tensor
-    qkv: Tensor
+    qkv: Tensor | QuantTensor
     qkv_bias: Tensor
     sinks: Tensor
-    out: Tensor
+    out: Tensor | QuantTensor
     out_bias: Tensor
     moe_norm: Tensor
     router: Tensor
@@ -52,7 +53,7 @@ class ModelWeights:
 
     embedding: Tensor
     final_norm: Tensor
-    head: Tensor
+    head: Tensor | QuantTensor
     layers: list[LayerWeights]
 
     @classmethod
@@ -78,10 +79,10 @@ class ModelWeights:
             layers.append(
                 LayerWeights(
                     attention_norm=dense(attention + "norm"),
-                    qkv=dense(attention + "qkv"),
+                    qkv=weights[attention + "qkv"],
                     qkv_bias=dense(attention + "qkv_bias"),
                     sinks=dense(attention + "sinks"),
-                    out=dense(attention + "out"),
+                    out=weights[attention + "out"],
                     out_bias=dense(attention + "out_bias"),
                     moe_norm=dense(moe + "norm"),
                     router=dense(moe + "router"),
@@ -92,23 +93,37 @@ class ModelWeights:
                     down_bias=dense(moe + "down_bias"),
                 )
             )
-        return cls(dense("embedding"), dense("final_norm"), dense("head"), layers)
+        return cls(dense("embedding"), dense("final_norm"), weights["head"], layers)
 
 
 def zero_weights(
     config: ModelConfig,
     device: torch.device,
     expert_formats: tuple[QuantFormat, QuantFormat] = (MXFP4, MXFP4),
+    dense_format: QuantFormat | None = None,
 ) -> ModelWeights:
     """Weights of zeros of one layer, used for all: to run kernels before the real ones are read.
 
     expert_formats: of gate_up and of down
+    dense_format:   of what moe_runtime/dense_format.py packs; None: bf16
     A router of zeros takes the first K experts, so no others are allocated.
     """
     c = config
 
     def zeros(*shape: int) -> Tensor:
         return torch.zeros(shape, dtype=torch.bfloat16, device=device)
+
+    table = zeros(c.vocab_size, c.model_width)
+
+    def projection(rows: int, columns: int) -> Tensor | QuantTensor:
+        if dense_format is None:
+            return table if rows == c.vocab_size else zeros(rows, columns)
+        # The head's zeros are those of the embedding: the largest matrices are there once.
+        fits = rows * columns <= table.numel()
+        memory = table if fits else zeros(rows, columns)
+        values = memory.view(dense_format.value_dtype).view(-1)[: rows * columns]
+        scales = torch.zeros(rows, 1, device=device)
+        return QuantTensor(values.view(rows, columns), scales, dense_format, (rows, columns))
 
     def experts(format: QuantFormat, rows: int, columns: int) -> QuantTensor:
         shape = (c.experts_per_token, rows, columns)
@@ -125,10 +140,10 @@ def zero_weights(
 
     layer = LayerWeights(
         attention_norm=zeros(c.model_width),
-        qkv=zeros(c.qkv_width, c.model_width),
+        qkv=projection(c.qkv_width, c.model_width),
         qkv_bias=zeros(c.qkv_width),
         sinks=zeros(c.num_heads),
-        out=zeros(c.model_width, c.attention_width),
+        out=projection(c.model_width, c.attention_width),
         out_bias=zeros(c.model_width),
         moe_norm=zeros(c.model_width),
         router=zeros(c.num_experts, c.model_width),
@@ -138,8 +153,8 @@ def zero_weights(
         down=experts(expert_formats[1], c.model_width, c.expert_width),
         down_bias=zeros(c.num_experts, c.model_width),
     )
-    table = zeros(c.vocab_size, c.model_width)
-    return ModelWeights(table, layer.moe_norm, table, [layer] * c.num_layers)
+    head = projection(c.vocab_size, c.model_width)
+    return ModelWeights(table, layer.moe_norm, head, [layer] * c.num_layers)
 
 
 class DecodeStep:

@@ -79,6 +79,7 @@ class MoeModel:
         device: str = "auto",
         backend: str = "auto",
         dtype: str = "auto",
+        dense_format: str = "as-published",
         max_context: int | None = None,
         activations: str = "exact",
         local_files_only: bool = False,
@@ -90,6 +91,8 @@ class MoeModel:
         device:           "auto" (a CUDA device if there is one that fits), "cpu", "cuda", "cuda:1"
         backend:          "auto", "reference" (plain torch in fp32: the numbers to trust), "triton"
         dtype:            of the activations: "auto" is fp32 for reference and bf16 for triton
+        dense_format:     "as-published", or "fp8": attention and head are packed while loading,
+                          one scale a row; experts and embedding stay as they are
         max_context:      tokens the KV cache is made for; default what the model allows and fits
         activations:      "exact", or "vendor" to round them to FP8 before quantized weights as the
                           code that DeepSeek V3 and V4 were published with does (reference)
@@ -128,6 +131,7 @@ class MoeModel:
                 device=device,
                 backend=backend,
                 dtype=dtype,
+                dense_format=dense_format,
                 max_context=max_context,
                 activations=activations,
                 progress=progress,

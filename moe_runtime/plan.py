@@ -18,7 +18,7 @@ COMPONENTS = (
 )
 LOOKED_UP = ("embedding", "hash tables")  # components of which a token reads one row of V
 PREFILL_CHUNK = 2048  # tokens that go through the layers at once
-RESERVE_BYTES = 1 << 30  # CUDA context, kernels, captured graphs
+RESERVE_BYTES = 1 << 30  # CUDA context, kernels, captured graphs, one matrix decoded in prefill
 MIN_CONTEXT = 512  # a shorter cache is not worth loading a model for
 
 # On several devices heads and experts are divided; the rest is on each of them.
@@ -81,6 +81,7 @@ class MemoryPlan:
     max_context: int
     world_size: int = 1  # devices that share heads and experts, see check_world_size
     formats: Mapping[str, str] = field(default_factory=dict)  # of weights as loaded, by component
+    packing_bytes: int = 0  # taken besides the weights while they are packed, then free
 
     @property
     def total_weight_bytes(self) -> int:
@@ -127,8 +128,8 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """Everything the device must hold, with a reserve."""
-        total = self.total_weight_bytes + self.cache_bytes + self.workspace_bytes
-        return total + RESERVE_BYTES
+        besides = max(self.cache_bytes + self.workspace_bytes, self.packing_bytes)
+        return self.total_weight_bytes + besides + RESERVE_BYTES
 
     def decode_bytes(self, context: int) -> dict[str, int]:
         """Bytes read for one token after `context` cached ones, by component, cache included."""
@@ -164,15 +165,17 @@ def fit(
     free_bytes: int,
     device: str,
     world_size: int = 1,
+    packing_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan for a device with free_bytes; the longest context that fits if none is asked for.
 
+    packing_bytes: see MemoryPlan
     world_size: devices that share heads and experts; both must divide by it (ValueError)
     Raises DoesNotFitError naming what is needed, what there is and what would fit.
     """
     check_world_size(config, world_size)
     wanted = max_context or config.max_context
-    plan = MemoryPlan(config, weight_bytes, wanted, world_size)
+    plan = MemoryPlan(config, weight_bytes, wanted, world_size, packing_bytes=packing_bytes)
     if plan.total_bytes <= free_bytes:
         return plan
     longest = longest_context(plan, free_bytes)

@@ -1,7 +1,10 @@
 """Prefill: the prompt through all layers, a chunk of tokens at a time, filling the cache.
 
-Dense projections are torch's own matrix products in the weights' dtype; norms, rope, attention and
-experts are our kernels. The residual stream is fp32. Nothing waits for the device.
+Dense projections are torch's own matrix products; norms, rope, attention and experts are our
+kernels. The residual stream is fp32. Nothing waits for the device.
+
+A matrix packed in FP8 is cast for each use into a buffer that all share, its scales multiply the
+products: for a layer of gpt-oss 27 MB are read and 53 MB written, about 30 us on an H100.
 
 T tokens of a chunk, D model width, E experts, K experts per token.
 """
@@ -27,6 +30,7 @@ from kernels.sink_attention_prefill import rows_per_program, sink_attention_pref
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import LayerWeights, ModelWeights
+from quant.tensor import QuantTensor
 
 
 class Prefill:
@@ -45,7 +49,12 @@ class Prefill:
         # Routing is decided in fp32, as the decode step does: a rounded logit flips experts.
         self._routers = [w.router.float() for w in weights.layers]
         self._router_biases = [w.router_bias.float() for w in weights.layers]
-        self._position = torch.zeros(1, dtype=torch.int32, device=weights.head.device)
+        self.dtype = weights.embedding.dtype  # of activations
+        device = weights.embedding.device
+        self._position = torch.zeros(1, dtype=torch.int32, device=device)
+        packed = [m for w in weights.layers for m in (w.qkv, w.out) if isinstance(m, QuantTensor)]
+        most = max((m.values.numel() for m in packed), default=config.model_width)
+        self._plain = torch.empty(most, dtype=self.dtype, device=device)
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
         """Run ids [N] int64 from position 0; yields each chunk's residual [T, D] fp32."""
@@ -58,9 +67,19 @@ class Prefill:
             yield x_TD
 
     def head(self, x_TD: Tensor) -> Tensor:
-        """Logits [T, V] of residual rows, in the weights' dtype."""
+        """Logits [T, V] of residual rows."""
         w = self.weights
-        return linear(rms_norm(x_TD, w.final_norm, self.config.norm_eps, w.head.dtype), w.head)
+        x_TD = rms_norm(x_TD, w.final_norm, self.config.norm_eps, self.dtype)
+        if not isinstance(w.head, QuantTensor):
+            return linear(x_TD, w.head)
+        assert w.head.scales is not None
+        logits_TV = torch.empty(len(x_TD), w.head.shape[0], device=x_TD.device)
+        rows = self._plain.numel() // w.head.shape[1]
+        for first in range(0, w.head.shape[0], rows):
+            part = slice(first, first + rows)
+            products = linear(x_TD, self._as_plain(w.head.values[part]))
+            torch.mul(products, w.head.scales[part].T, out=logits_TV[:, part])
+        return logits_TV
 
     def warm_up_lengths(self) -> list[int]:
         """One prompt length for every combination of kernel variants that a prompt can need."""
@@ -74,16 +93,29 @@ class Prefill:
 
     def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
-        normed_TD = rms_norm(x_TD, w.attention_norm, c.norm_eps, w.qkv.dtype)
-        qkv = linear(normed_TD, w.qkv, w.qkv_bias)
+        normed_TD = rms_norm(x_TD, w.attention_norm, c.norm_eps, self.dtype)
+        qkv = self._project(normed_TD, w.qkv, w.qkv_bias)
         k_cache, v_cache = self.cache.keys[layer], self.cache.values[layer]
         q_THC = k_cache.new_empty((len(x_TD), c.num_heads, c.head_width))
         cos, sin = self.rope
         rope_and_cache(qkv, cos, sin, self._position, k_cache, v_cache, q_THC)
-        out = w.out.new_empty((len(x_TD), c.attention_width))
+        out = normed_TD.new_empty((len(x_TD), c.attention_width))
         window = c.sliding_window if c.layer_is_sliding[layer] else 0
         sink_attention_prefill(q_THC, k_cache, v_cache, w.sinks, self._position, out, window=window)
-        x_TD += linear(out, w.out, w.out_bias)
+        x_TD += self._project(out, w.out, w.out_bias)
+
+    def _project(self, x: Tensor, weight: Tensor | QuantTensor, bias: Tensor) -> Tensor:
+        """x [T, K] times weight [N, K] plus bias: [T, N], in fp32 if the weight is packed."""
+        if not isinstance(weight, QuantTensor):
+            return linear(x, weight, bias)
+        assert weight.scales is not None
+        # The codes are exact in bf16; their scales would be rounded.
+        products = linear(x, self._as_plain(weight.values))
+        return torch.addcmul(bias.float(), products, weight.scales.T)
+
+    def _as_plain(self, codes: Tensor) -> Tensor:
+        """Codes of FP8 in the activations' dtype, exact; valid until the next call."""
+        return self._plain[: codes.numel()].view(codes.shape).copy_(codes)
 
     def _mix_experts(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
@@ -92,7 +124,7 @@ class Prefill:
         block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
         routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
         hidden = moe_gemm_gate_up(
-            normed_TD.to(w.qkv.dtype),
+            normed_TD.to(self.dtype),
             w.gate_up,
             w.gate_up_bias,
             routing,

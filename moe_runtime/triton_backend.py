@@ -122,10 +122,12 @@ def compile_kernels(
     max_context: int,
     device: torch.device,
     expert_formats: Iterable[tuple[QuantFormat, QuantFormat]] = ((MXFP4, MXFP4),),
+    dense_format: QuantFormat | None = None,
 ) -> None:
     """Compile every kernel that a model of this config can launch, so that nothing compiles later.
 
     expert_formats: pairs of gate_up's and down's that the layers have
+    dense_format:   of projections and head if they are packed
     Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
     and one cache of memory; it can go on while the weights are read.
     """
@@ -134,7 +136,7 @@ def compile_kernels(
     cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
     rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
     for formats in expert_formats:
-        weights = zero_weights(small, device, formats)
+        weights = zero_weights(small, device, formats, dense_format)
         step = DecodeStep(small, weights, cache, rope, max_context)
         for filtered in (False, True):
             step.step(filtered=filtered)

@@ -8,6 +8,7 @@ import click
 from tqdm import tqdm
 
 from moe_runtime.commands.common import (
+    dense_format_option,
     device_option,
     json_option,
     model_argument,
@@ -30,6 +31,7 @@ from moe_runtime.commands.common import (
 @device_option
 @click.option("--backend", default="auto", show_default=True, metavar="BACKEND",
               help="auto, reference or triton.")  # fmt: skip
+@dense_format_option
 @click.option("--context", "contexts", multiple=True, type=click.IntRange(min=1), metavar="N",
               help="Tokens before decoding is timed; repeatable. Default: 128.")  # fmt: skip
 @click.option("--prompt-tokens", "prompts", multiple=True, type=click.IntRange(min=1), metavar="N",
@@ -49,6 +51,7 @@ def command(
     revision: str | None,
     device: str,
     backend: str,
+    dense_format: str,
     contexts: tuple[int, ...],
     prompts: tuple[int, ...],
     tokens: int,
@@ -74,6 +77,7 @@ def command(
             revision=revision,
             device=device,
             backend=backend,
+            dense_format=dense_format,
             contexts=contexts,
             prompts=prompts,
             tokens=tokens,

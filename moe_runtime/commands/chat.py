@@ -60,6 +60,7 @@ def command(
     revision: str | None,
     device: str,
     backend: str,
+    dense_format: str,
     max_context: int | None,
 ) -> None:
     """Talk with MODEL. Answers go to stdout, reasoning and remarks to stderr.
@@ -70,7 +71,12 @@ def command(
     from moe_runtime.model import MoeModel
 
     with MoeModel.from_pretrained(
-        model, revision=revision, device=device, backend=backend, max_context=max_context
+        model,
+        revision=revision,
+        device=device,
+        backend=backend,
+        dense_format=dense_format,
+        max_context=max_context,
     ) as opened:
         if not opened.tokenizer.renders_chats:
             raise click.ClickException(

@@ -26,6 +26,14 @@ device_option: Decorator = click.option(
     help="auto, cpu, cuda or cuda:N.",
 )
 
+dense_format_option: Decorator = click.option(
+    "--dense-format",
+    default="as-published",
+    show_default=True,
+    metavar="FORMAT",
+    help="as-published, or fp8: attention and head are packed while loading.",
+)
+
 json_option: Decorator = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of text."
 )

@@ -62,6 +62,7 @@ def command(
     revision: str | None,
     device: str,
     backend: str,
+    dense_format: str,
     max_context: int | None,
     as_json: bool,
 ) -> None:
@@ -79,7 +80,12 @@ def command(
     from moe_runtime.model import MoeModel
 
     with MoeModel.from_pretrained(
-        model, revision=revision, device=device, backend=backend, max_context=max_context
+        model,
+        revision=revision,
+        device=device,
+        backend=backend,
+        dense_format=dense_format,
+        max_context=max_context,
     ) as opened:
         stream = opened.stream(
             chat_messages(text, system) if chat else text,

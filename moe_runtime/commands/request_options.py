@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from moe_runtime.commands.common import device_option, revision_option
+from moe_runtime.commands.common import dense_format_option, device_option, revision_option
 
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -32,6 +32,7 @@ _OPTIONS: tuple[Decorator, ...] = (
     device_option,
     click.option("--backend", default="auto", show_default=True, metavar="BACKEND",
                  help="auto, reference or triton."),
+    dense_format_option,
     click.option("--max-context", type=click.IntRange(min=1), metavar="N",
                  help="Tokens the cache is made for; default: what the model allows and fits."),
 )  # fmt: skip

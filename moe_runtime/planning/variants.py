@@ -13,7 +13,7 @@ from moe_runtime.config import CACHE_ITEM_BYTES, DecoderConfig
 from moe_runtime.plan import MemoryPlan
 from moe_runtime.planning.components import NOT_LOADED, Groups
 from moe_runtime.planning.facts import PlannedConfig
-from quant.formats import FP8_BLOCK128, MXFP4, QuantFormat
+from quant.formats import FP8_ROW, MXFP4, QuantFormat
 
 DENSE = ("attention", "shared experts", "mlp", "head")  # what dense FP8 packs
 _WIDE_BITS = 16  # a weight of fewer bits is not made FP8 again
@@ -119,7 +119,7 @@ def _variant(
 
 def _dense_fp8(component: str, tensor: LogicalTensor) -> QuantFormat | None:
     wide = bits_of(tensor) >= _WIDE_BITS and is_matrix(component, tensor)
-    return FP8_BLOCK128 if component in DENSE and wide else None
+    return FP8_ROW if component in DENSE and wide else None
 
 
 def _experts_mxfp4(component: str, tensor: LogicalTensor) -> QuantFormat | None:
@@ -129,7 +129,7 @@ def _experts_mxfp4(component: str, tensor: LogicalTensor) -> QuantFormat | None:
 
 def _with_fp8_cache(config: DecoderConfig) -> PlannedConfig:
     """The same model with one byte a cached value; scales are not counted."""
-    half = FP8_BLOCK128.value_bits / (8 * CACHE_ITEM_BYTES)
+    half = FP8_ROW.value_bits / (8 * CACHE_ITEM_BYTES)
     caches = tuple(
         replace(part, row_bytes=int(part.row_bytes * half)) for part in config.cache_parts
     )

@@ -49,7 +49,8 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
 
-    def compile_kernels(config, max_context, device, expert_formats):
+    def compile_kernels(config, max_context, device, expert_formats, dense_format):
+        assert dense_format is None
         assert expert_formats == ((MXFP4, MXFP4),)
         if roomy:  # the loading goes on meanwhile
             while "load" not in order:
