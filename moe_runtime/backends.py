@@ -31,6 +31,7 @@ from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, fit, formats_by_component, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
+from moe_runtime.start_times import StartTimes
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
 from quant.formats import BF16, QuantFormat
@@ -50,6 +51,7 @@ def create_backend(
     max_context: int | None = None,
     activations: str = "exact",
     progress: bool = True,
+    times: StartTimes | None = None,
 ) -> Backend:
     """Load a checkpoint's weights onto a device and make the backend that runs them.
 
@@ -62,6 +64,7 @@ def create_backend(
     activations:  "exact", or "vendor": rounded to FP8 before quantized weights as in the code that
                   DeepSeek V3 was published with (reference)
     progress:     a bar while loading, and one line on stderr saying what was chosen
+    times:        where to note how long compiling, reading and capturing took
     Raises CheckpointError, UnsupportedModelError, DoesNotFitError or ValueError; nothing large is
     allocated before names, shapes and the fit are known.
     """
@@ -103,17 +106,19 @@ def create_backend(
     rounded = _rounded_inputs(opened, name, activations)
     if target.type == "cpu":
         check_host_memory(opened.plan)
+    times = times or StartTimes()
 
     def load() -> Weights:
-        weights = load_weights(
-            checkpoint,
-            opened.table,
-            config.dims,
-            config.num_layers,
-            device=target,
-            progress=progress,
-        )
-        return pack(weights, packed)
+        with times.part("weights"):
+            weights = load_weights(
+                checkpoint,
+                opened.table,
+                config.dims,
+                config.num_layers,
+                device=target,
+                progress=progress,
+            )
+            return pack(weights, packed)
 
     if name == "reference":
         model = opened.family.reference(config, load(), target)
@@ -124,8 +129,9 @@ def create_backend(
         pairs = expert_formats(opened.plan)
         with torch.cuda.device(target):
             dense = DENSE_FORMATS[dense_format] if packed else None
-            weights = _compile_and_load(plan, target, load, pairs, dense)
-            made = TritonBackend(config, weights, plan, target)
+            weights = _compile_and_load(plan, target, load, pairs, dense, times)
+            with times.part("capture"):
+                made = TritonBackend(config, weights, plan, target)
     if progress:
         for reason, count in Counter(opened.plan.skipped.values()).items():
             _say(f"{count} weights are left out: {reason}")
@@ -181,6 +187,7 @@ def _compile_and_load(
     load: Callable[[], Weights],
     formats: tuple[tuple[QuantFormat, QuantFormat], ...],
     dense_format: QuantFormat | None = None,
+    times: StartTimes | None = None,
 ) -> Weights:
     """Weights, and every kernel compiled: both at once where there is room for it."""
     assert isinstance(plan.config, ModelConfig), plan.config.family
@@ -188,7 +195,8 @@ def _compile_and_load(
     with ThreadPoolExecutor(1) as pool:
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
         loading = pool.submit(load) if roomy else None
-        compile_kernels(plan.config, plan.max_context, target, formats, dense_format)
+        with (times or StartTimes()).part("compile"):
+            compile_kernels(plan.config, plan.max_context, target, formats, dense_format)
         if loading is not None:
             return loading.result()
     torch.cuda.empty_cache()

@@ -1,19 +1,19 @@
-"""Measuring a loaded model: decode speed by context, time to first token, share of bandwidth.
+"""Measuring a loaded model: start, decode speed by context, time to first token, bandwidth's share.
 
 Decode speed is taken by difference: SHORT_TOKENS, then SHORT_TOKENS + N after the same length of
-fresh random prompt, greedy, end token ignored; prefill and the cost of a request cancel out.
+fresh random prompt, end token ignored; prefill and the cost of a request cancel out. The captured
+step alone is timed by the GPU: what decoding loses besides is the difference.
 """
 
 from __future__ import annotations
 
 import csv
-import os
 import platform
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -24,7 +24,10 @@ import torch
 from kernels.read_bandwidth import read_bandwidth
 from moe_runtime import __version__
 from moe_runtime.model import MoeModel
+from moe_runtime.start_times import process_age_s
+from moe_runtime.triton_backend import TritonBackend
 
+RUNTIME = f"moe_runtime {__version__}"
 SHORT_TOKENS = 8
 COLUMNS = (
     "date",
@@ -50,22 +53,52 @@ class Measurement:
     unit: str
 
 
+def measure_start(model: MoeModel, prompt_tokens: int) -> list[Measurement]:
+    """A first request: seconds from the process's start to its token, then by part.
+
+    Of a process whose first model this is. Reading weights and compiling go on at the same time.
+    """
+    first_s = _generate_s(model, prompt_tokens, 1)
+    parts = {"": process_age_s(), **model.start_times, "first_token": first_s}
+    names = {part: f"start_{part}_s" if part else "start_s" for part in parts}
+    return [Measurement(names[part], prompt_tokens, parts[part], "s") for part in parts]
+
+
 def measure_decode(
-    model: MoeModel, context: int, tokens: int, repeats: int, on_step: Callable[[], None]
+    model: MoeModel,
+    context: int,
+    tokens: int,
+    repeats: int,
+    on_step: Callable[[], None],
+    *,
+    temperature: float = 0.0,
 ) -> list[Measurement]:
     """Decode speed after `context` tokens over `tokens` new ones: median, least and most."""
-    _generate_s(model, context, SHORT_TOKENS + tokens)
+    _generate_s(model, context, SHORT_TOKENS + tokens, temperature)
     on_step()
     speeds = []
     for _ in range(repeats):
-        short = _generate_s(model, context, SHORT_TOKENS)
-        speeds.append(tokens / (_generate_s(model, context, SHORT_TOKENS + tokens) - short))
+        short = _generate_s(model, context, SHORT_TOKENS, temperature)
+        long = _generate_s(model, context, SHORT_TOKENS + tokens, temperature)
+        speeds.append(tokens / (long - short))
         on_step()
     return [
         Measurement("decode_tokens_per_s", context, statistics.median(speeds), "tokens/s"),
         Measurement("decode_tokens_per_s_min", context, min(speeds), "tokens/s"),
         Measurement("decode_tokens_per_s_max", context, max(speeds), "tokens/s"),
     ]
+
+
+def measure_step(model: MoeModel, context: int, tokens: int, repeats: int) -> list[Measurement]:
+    """The same rate of the captured step alone; [] where nothing is captured.
+
+    To be called after a request of that length, whose cache is read again.
+    """
+    backend = model.open_backend
+    if not isinstance(backend, TritonBackend) or backend.device.type != "cuda":
+        return []
+    seconds = [backend.time_steps(context + SHORT_TOKENS, tokens) for _ in range(repeats)]
+    return [Measurement("step_tokens_per_s", context, 1 / statistics.median(seconds), "tokens/s")]
 
 
 def measure_first_token(
@@ -111,14 +144,14 @@ def run_bench(
         dense_format=dense_format,
         max_context=max_context or longest,
     ) as model:
-        _generate_s(model, min(prompts), 1)
-        found = [Measurement("start_s", min(prompts), process_age_s(), "s")]
+        found = measure_start(model, min(prompts))
         for length in prompts:
             found.append(measure_first_token(model, length, repeats, on_step))
         bandwidth = read_bandwidth(model.device)
         for context in contexts:
             decode = measure_decode(model, context, tokens, repeats, on_step)
-            found += [*decode, bandwidth_share(model, decode[0], bandwidth.gbps)]
+            found += [*decode, *measure_step(model, context, tokens, repeats)]
+            found.append(bandwidth_share(model, decode[0], bandwidth.gbps))
         return BenchReport(
             gpu=device_name(model.device),
             backend=model.backend,
@@ -150,19 +183,30 @@ class BenchReport:
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """The report as JSON-ready data."""
-        return {"model": model, "runtime": f"moe_runtime {__version__}", **asdict(self)}
+        return {"model": model, "runtime": RUNTIME, **asdict(self)}
 
     def append_csv(self, path: Path, model: str) -> None:
         """Append one row a figure; a new file gets the header."""
-        new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if new:
-                writer.writerow(COLUMNS)
-            for m in self.measurements:
-                row = [date.today().isoformat(), commit(), self.gpu, f"moe_runtime {__version__}"]
-                figure = [m.context, m.metric, f"{m.value:.6g}", m.unit]
-                writer.writerow([*row, model, self.formats, *figure])
+        append_rows(path, self.gpu, RUNTIME, model, self.formats, self.measurements)
+
+
+def append_rows(
+    path: Path,
+    gpu: str,
+    runtime: str,
+    model: str,
+    formats: str,
+    measurements: Iterable[Measurement],
+) -> None:
+    """Append one row a figure, with today's date and the commit; a new file gets the header."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        if new:
+            writer.writerow(COLUMNS)
+        for m in measurements:
+            row = [date.today().isoformat(), commit(), gpu, runtime, model, formats]
+            writer.writerow([*row, m.context, m.metric, f"{m.value:.6g}", m.unit])
 
 
 def device_name(device: torch.device) -> str:
@@ -170,13 +214,6 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU {platform.machine()} x{torch.get_num_threads()}"
-
-
-def process_age_s() -> float:
-    """Seconds since this process was started, from the kernel's own figures (Linux)."""
-    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    uptime = float(Path("/proc/uptime").read_text().split()[0])
-    return uptime - ticks / os.sysconf("SC_CLK_TCK")
 
 
 def commit() -> str:
@@ -189,12 +226,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
-def _generate_s(model: MoeModel, context: int, tokens: int) -> float:
-    """Seconds of one greedy request on a fresh random prompt."""
+def _generate_s(model: MoeModel, context: int, tokens: int, temperature: float = 0.0) -> float:
+    """Seconds of one request on a fresh random prompt."""
     vocab_size = model.config.vocab_size
     prompt = [random.randrange(vocab_size) for _ in range(context)]
     begin = time.perf_counter()
-    generation = model.generate(prompt, max_new_tokens=tokens, temperature=0.0, ignore_eos=True)
+    generation = model.generate(
+        prompt, max_new_tokens=tokens, temperature=temperature, top_p=1.0, top_k=0, ignore_eos=True
+    )
     seconds = time.perf_counter() - begin
     if len(generation.token_ids) != tokens:
         raise RuntimeError(f"asked for {tokens} tokens, got {len(generation.token_ids)}")

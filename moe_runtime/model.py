@@ -6,6 +6,7 @@ import math
 import secrets
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from moe_runtime.models.registry import plan_model
 from moe_runtime.output_text import ChannelText, OutputText, PlainText
 from moe_runtime.plan import MemoryPlan
 from moe_runtime.prompt import EncodedPrompt, Prompt, check_token_ids, encode_prompt
+from moe_runtime.start_times import StartTimes
 from moe_runtime.stop_strings import check_stops
 from moe_runtime.thinking import ThinkingText, ThinkTokens
 from moe_runtime.tokenizer import Tokenizer, load_tokenizer
@@ -68,6 +70,7 @@ class MoeModel:
             None, vocab_size=config.vocab_size, eos_token_ids=config.eos_token_ids
         )
         self._load_s = load_s
+        self.start_times: dict[str, float] = {}  # seconds of the parts of opening it
         self._stream: TextStream | None = None
 
     @classmethod
@@ -105,26 +108,29 @@ class MoeModel:
         started = time.perf_counter()
         if max_context is not None:
             _check_count("max_context", max_context, 1)
-        folder = hub.resolve(
-            str(path_or_id),
-            revision=revision,
-            local_files_only=local_files_only,
-            progress=progress,
-            bundled=BUNDLED,
-            before_weights=_check_headers,
-        )
-        with open_folder(folder) as checkpoint:
-            opened = plan_model(checkpoint)
-            config = opened.config
-            # Everything that can be wrong in small files is found before the weights are read.
-            make_chat = opened.family.chat_code
-            chat_code = make_chat(checkpoint) if make_chat else None
-            tokenizer = load_tokenizer(checkpoint, config.vocab_size, chat_code=chat_code)
-            defaults = GenerationDefaults.read(
-                checkpoint.generation_config,
-                vocab_size=config.vocab_size,
-                eos_token_ids=config.eos_token_ids,
-            )
+        times = StartTimes()
+        with ExitStack() as opened_files:
+            with times.part("open"):
+                folder = hub.resolve(
+                    str(path_or_id),
+                    revision=revision,
+                    local_files_only=local_files_only,
+                    progress=progress,
+                    bundled=BUNDLED,
+                    before_weights=_check_headers,
+                )
+                checkpoint = opened_files.enter_context(open_folder(folder))
+                opened = plan_model(checkpoint)
+                config = opened.config
+                # Everything that can be wrong in small files is found before the weights are read.
+                make_chat = opened.family.chat_code
+                chat_code = make_chat(checkpoint) if make_chat else None
+                tokenizer = load_tokenizer(checkpoint, config.vocab_size, chat_code=chat_code)
+                defaults = GenerationDefaults.read(
+                    checkpoint.generation_config,
+                    vocab_size=config.vocab_size,
+                    eos_token_ids=config.eos_token_ids,
+                )
             made = create_backend(
                 checkpoint,
                 opened,
@@ -135,9 +141,12 @@ class MoeModel:
                 max_context=max_context,
                 activations=activations,
                 progress=progress,
+                times=times,
             )
         load_s = time.perf_counter() - started
-        return cls(made, config, tokenizer=tokenizer, defaults=defaults, load_s=load_s)
+        model = cls(made, config, tokenizer=tokenizer, defaults=defaults, load_s=load_s)
+        model.start_times = times.seconds
+        return model
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -160,6 +169,11 @@ class MoeModel:
     def backend(self) -> str:
         """What computes: "reference" or "triton"."""
         return self._open_backend().name
+
+    @property
+    def open_backend(self) -> Backend:
+        """What runs the model, for those who measure it; ValueError once it is closed."""
+        return self._open_backend()
 
     @property
     def max_context(self) -> int:

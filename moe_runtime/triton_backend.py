@@ -92,6 +92,23 @@ class TritonBackend:
                 rows.append(self._prefill.head(part).float().cpu())
         return torch.cat(rows)
 
+    def time_steps(self, position: int, steps: int) -> float:
+        """Seconds of one captured step, by the GPU's clock: `steps` in a row from a position.
+
+        They read what the cache holds, and whatever request ran last is lost.
+        """
+        assert position + steps <= self.max_context, (position, steps, self.max_context)
+        state = self._step.state
+        state.position.fill_(position)
+        state.step.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(steps):
+            self._step.replay(filtered=False)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / steps
+
     def close(self) -> None:
         """See Backend.close."""
         del self._step, self._prefill
