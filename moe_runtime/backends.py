@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import UnsupportedModelError
-from loaders.names.table import LoadPlan, PlannedWeight
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
-from moe_runtime.config import DecoderConfig, ModelConfig
+from moe_runtime.config import DecoderConfig
 from moe_runtime.dense_format import (
     AS_PUBLISHED,
     DENSE_FORMATS,
@@ -26,6 +26,7 @@ from moe_runtime.dense_format import (
     packing_bytes,
 )
 from moe_runtime.errors import DoesNotFitError
+from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.host_memory import check_host_memory
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
@@ -34,7 +35,7 @@ from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.start_times import StartTimes
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
-from quant.formats import BF16, QuantFormat
+from quant.formats import QuantFormat
 
 # Backend -> the values of dtype that it takes: what it computes in.
 DTYPES = {"reference": ("auto", "fp32"), "triton": ("auto", "bf16")}
@@ -83,9 +84,11 @@ def create_backend(
     room = packing_bytes(opened.plan, packed)
     weight_bytes = weights_by_component(nbytes)
     target, plan = _place(config, weight_bytes, device, backend, max_context, room, progress)
-    formats = {w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights}
-    formats |= dict.fromkeys(packed, dense_format)
-    plan = replace(plan, formats=formats_by_component(formats, nbytes))
+    format_names = {
+        w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights
+    }
+    format_names |= dict.fromkeys(packed, dense_format)
+    plan = replace(plan, formats=formats_by_component(format_names, nbytes))
     name = backend
     if name == "auto":
         kernels = target.type == "cuda" and has_kernels(config.family)
@@ -125,11 +128,10 @@ def create_backend(
         model.rounded = rounded
         made: Backend = ReferenceBackend(model, plan)
     else:
-        assert isinstance(config, ModelConfig), config.family
-        pairs = expert_formats(opened.plan)
+        formats = GPU_FAMILIES[config.family].formats(opened.plan)
         with torch.cuda.device(target):
             dense = DENSE_FORMATS[dense_format] if packed else None
-            weights = _compile_and_load(plan, target, load, pairs, dense, times)
+            weights = _compile_and_load(plan, target, load, formats, dense, times)
             with times.part("capture"):
                 made = TritonBackend(config, weights, plan, target)
     if progress:
@@ -153,44 +155,15 @@ def _rounded_inputs(opened: OpenedModel, backend: str, activations: str) -> froz
     return frozenset(weight.name for weight in opened.plan.weights if weight.format in formats)
 
 
-def expert_formats(plan: LoadPlan) -> tuple[tuple[QuantFormat, QuantFormat], ...]:
-    """The different pairs of formats in which layers have gate_up and down.
-
-    Raises UnsupportedModelError for weights in a format for which there are no GPU kernels.
-    """
-    by_name = {}
-    for weight in plan.weights:
-        if weight.name.endswith((".gate_up", ".down")):
-            if (weight.format is None and weight.dtype != "BF16") or len(weight.pieces) > 1:
-                raise _no_kernel(weight, "experts are run in bf16 and in the quantized formats")
-            by_name[weight.name] = weight.format or BF16
-        elif weight.format is not None:
-            raise _no_kernel(weight, "attention and head are run in bf16")
-    gate_ups = [name for name in by_name if name.endswith(".gate_up")]
-    downs = [name.removesuffix("gate_up") + "down" for name in gate_ups]
-    return tuple(
-        dict.fromkeys((by_name[g], by_name[d]) for g, d in zip(gate_ups, downs, strict=True))
-    )
-
-
-def _no_kernel(weight: PlannedWeight, what_is: str) -> UnsupportedModelError:
-    found = weight.format.name if weight.format else weight.dtype
-    return UnsupportedModelError(
-        f"{weight.name}: there are no GPU kernels for it in {found}; {what_is}",
-        hint="use backend='reference' (slow)",
-    )
-
-
 def _compile_and_load(
     plan: MemoryPlan,
     target: torch.device,
     load: Callable[[], Weights],
-    formats: tuple[tuple[QuantFormat, QuantFormat], ...],
+    formats: tuple[Any, ...],
     dense_format: QuantFormat | None = None,
     times: StartTimes | None = None,
 ) -> Weights:
     """Weights, and every kernel compiled: both at once where there is room for it."""
-    assert isinstance(plan.config, ModelConfig), plan.config.family
     free_bytes, _ = torch.cuda.mem_get_info(target)
     with ThreadPoolExecutor(1) as pool:
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes

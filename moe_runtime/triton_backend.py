@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from kernels.read_bandwidth import read_bandwidth
-from kernels.reference.rope_kv import rope_table
 from kernels.sampling import NO_CUT
 from moe_runtime.backend import SampledToken
-from moe_runtime.cache import KVCache
-from moe_runtime.config import ModelConfig
-from moe_runtime.decode import DecodeStep, ModelWeights, zero_weights
-from moe_runtime.plan import PREFILL_CHUNK, MemoryPlan
-from moe_runtime.prefill import Prefill
+from moe_runtime.config import DecoderConfig
+from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.gpu.families import GPU_FAMILIES
+from moe_runtime.models.reference_model import Weights
+from moe_runtime.plan import MemoryPlan
 from moe_runtime.reference_backend import sampling_settings, signed64
 from moe_runtime.sampling import SamplingParams
-from quant.formats import MXFP4, QuantFormat
-from quant.tensor import QuantTensor
+from quant.formats import QuantFormat
 
 STEPS_AHEAD = 3  # decode steps launched before the oldest unread token is waited for
 _LOGITS_CHUNK = 256  # rows of logits computed at once
@@ -38,8 +36,8 @@ class TritonBackend:
 
     def __init__(
         self,
-        config: ModelConfig,
-        weights: dict[str, Tensor | QuantTensor],
+        config: DecoderConfig,
+        weights: Weights,
         plan: MemoryPlan,
         device: torch.device,
         cache_dtype: torch.dtype = torch.bfloat16,
@@ -48,13 +46,10 @@ class TritonBackend:
         self.device = device
         self.vocab_size = config.vocab_size
         self.max_context = plan.max_context
-        model = ModelWeights.from_named(weights, config)
-        cache = KVCache.allocate(config, plan.max_context, device, cache_dtype)
-        positions = torch.arange(plan.max_context, device=device)
-        rope = rope_table(config.rope, config.head_width, positions)
-        self._step = DecodeStep(config, model, cache, rope, plan.max_context)
-        chunk = min(PREFILL_CHUNK, plan.max_context)
-        self._prefill = Prefill(config, model, cache, rope, chunk)
+        family = GPU_FAMILIES[config.family]
+        self._step, self._prefill = family.assemble(
+            config, weights, plan.max_context, device, cache_dtype
+        )
         self.read_bandwidth: float | None = None
         if device.type == "cuda":
             measured = read_bandwidth(device, buffer_bytes=_BANDWIDTH_BUFFER_BYTES)
@@ -87,8 +82,8 @@ class TritonBackend:
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """See Backend.logits."""
         rows = []
-        for residual_TD in self._prefill.run(self._device_ids(token_ids)):
-            for part in residual_TD.split(_LOGITS_CHUNK):
+        for residual in self._prefill.run(self._device_ids(token_ids)):
+            for part in residual.split(_LOGITS_CHUNK):
                 rows.append(self._prefill.head(part).float().cpu())
         return torch.cat(rows)
 
@@ -125,8 +120,8 @@ class TritonBackend:
         state.threshold.fill_(NO_CUT)
         state.seen.zero_()
         state.seen[ids] = 1
-        for residual_TD in self._prefill.run(ids):
-            self._step.residual.copy_(residual_TD[-1])
+        for residual in self._prefill.run(ids):
+            self._step.residual.copy_(residual[-1])
         # The draw adds one: the first new token then stands right after the prompt.
         state.position.fill_(len(prompt_ids) - 1)
 
@@ -135,39 +130,24 @@ class TritonBackend:
 
 
 def compile_kernels(
-    config: ModelConfig,
+    config: DecoderConfig,
     max_context: int,
     device: torch.device,
-    expert_formats: Iterable[tuple[QuantFormat, QuantFormat]] = ((MXFP4, MXFP4),),
+    formats: tuple[Any, ...],
     dense_format: QuantFormat | None = None,
 ) -> None:
     """Compile every kernel that a model of this config can launch, so that nothing compiles later.
 
-    expert_formats: pairs of gate_up's and down's that the layers have
-    dense_format:   of projections and head if they are packed
-    Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
-    and one cache of memory; it can go on while the weights are read.
+    formats:       what GpuFamily.formats found in its headers
+    dense_format:  of the weights that moe_runtime/dense_format.py packs
     """
-    kinds = tuple(dict.fromkeys(config.layer_is_sliding))
-    small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
-    cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
-    rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
-    for formats in expert_formats:
-        weights = zero_weights(small, device, formats, dense_format)
-        step = DecodeStep(small, weights, cache, rope, max_context)
-        for filtered in (False, True):
-            step.step(filtered=filtered)
-        prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
-        for length in prefill.warm_up_lengths():
-            for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
-                prefill.head(residual_TD[-1:])
-    torch.cuda.synchronize()
+    GPU_FAMILIES[config.family].compile(config, max_context, device, formats, dense_format)
 
 
 class _TokenReader:
     """Brings sampled tokens to the host behind the steps, on a stream of its own."""
 
-    def __init__(self, step: DecodeStep, num_logprobs: int) -> None:
+    def __init__(self, step: CapturedStep, num_logprobs: int) -> None:
         self._step = step
         self._num_logprobs = num_logprobs
         self._cuda = step.logits.is_cuda

@@ -6,6 +6,7 @@ import torch
 from loaders.checkpoint import open_folder
 from loaders.errors import UnsupportedModelError
 from moe_runtime import backends
+from moe_runtime.gpu import gpt_oss
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
 from quant.formats import BF16, FORMATS, MXFP4
@@ -49,9 +50,9 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
 
-    def compile_kernels(config, max_context, device, expert_formats, dense_format):
+    def compile_kernels(config, max_context, device, formats, dense_format):
         assert dense_format is None
-        assert expert_formats == ((MXFP4, MXFP4),)
+        assert formats == ((MXFP4, MXFP4),)
         if roomy:  # the loading goes on meanwhile
             while "load" not in order:
                 pass
@@ -64,7 +65,7 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
         return {"head": torch.zeros(1)}
 
     weights = backends._compile_and_load(
-        plan, torch.device("cuda"), load, backends.expert_formats(model.plan)
+        plan, torch.device("cuda"), load, gpt_oss.expert_formats(model.plan)
     )
     assert list(weights) == ["head"]
     assert order == (["load", "compile"] if roomy else ["compile", "empty cache", "load"])
@@ -74,7 +75,7 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
 def test_the_formats_to_compile_for_are_those_of_the_layers(tmp_path, format):
     write_with_experts(tmp_path, format, layers=2)
     plan = plan_model(open_folder(tmp_path)).plan
-    assert backends.expert_formats(plan) == ((FORMATS[format], FORMATS[format]),)
+    assert gpt_oss.expert_formats(plan) == ((FORMATS[format], FORMATS[format]),)
 
 
 def test_dense_weights_without_gpu_kernels_are_named(tmp_path):
@@ -82,5 +83,5 @@ def test_dense_weights_without_gpu_kernels_are_named(tmp_path):
     quantize_dense(tmp_path, "weight_scale")
     plan = plan_model(open_folder(tmp_path)).plan
     with pytest.raises(UnsupportedModelError, match="no GPU kernels for it in fp8_block128") as no:
-        backends.expert_formats(plan)
+        gpt_oss.expert_formats(plan)
     assert "layers.0.attention.qkv" in no.value.message and "reference" in no.value.hint

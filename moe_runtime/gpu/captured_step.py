@@ -1,0 +1,54 @@
+"""What the decode steps of all families have in common: the request's state, and captured graphs.
+
+A step takes one token in and gives the next one out, without the host. Its buffers are allocated
+once, because a captured graph keeps addresses.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.sampling import SamplingState, make_state
+
+
+class CapturedStep:
+    """The kernels of one token, captured as CUDA graphs with and without a cut distribution.
+
+    state:     token, position, step and settings of the request; the last kernel moves it on
+    residual:  what a prompt's last token leaves and the head reads, in the family's shape
+    logits:    [V] fp32 of the last step
+    """
+
+    residual: Tensor
+    logits: Tensor
+
+    def __init__(self, vocab_size: int, max_context: int, device: torch.device) -> None:
+        self.state: SamplingState = make_state(vocab_size, max_context + 1, device)
+        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
+
+    def capture(self) -> None:
+        """Record both graphs (CUDA only); kernels not compiled yet are compiled here."""
+        for filtered in (False, True):
+            self.step(filtered=filtered)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.step(filtered=filtered)
+            self._graphs[filtered] = graph
+
+    def replay(self, *, filtered: bool) -> None:
+        """Feed state.token at state.position and draw the next: one graph launch on CUDA."""
+        graph = self._graphs.get(filtered)
+        if graph is None:
+            self.step(filtered=filtered)
+        else:
+            graph.replay()
+
+    def step(self, *, filtered: bool) -> None:
+        """Launch the kernels of one token."""
+        raise NotImplementedError
+
+    def sample_residual(self, *, filtered: bool) -> None:
+        """Logits of the residual, then one draw; moves the request one step on."""
+        raise NotImplementedError

@@ -1,0 +1,78 @@
+"""What the triton backend runs: one row a family. A new one is a row here, its files and tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loaders.names.table import LoadPlan
+from moe_runtime.gpu import gpt_oss
+from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.models.reference_model import Weights
+from quant.formats import QuantFormat
+
+
+class Prompts(Protocol):
+    """Runs prompts through all layers, filling the cache that the decode step goes on with."""
+
+    chunk: int  # tokens that go through the layers at once
+
+    def run(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Run ids [N] int64 from position 0; yields each chunk's residual, one row a token."""
+        ...
+
+    def head(self, residual: Tensor) -> Tensor:
+        """Logits [T, V] of rows of a residual."""
+        ...
+
+
+class Assemble(Protocol):
+    """The decode step and the prefill of a model, with their cache."""
+
+    def __call__(
+        self,
+        config: Any,
+        weights: Weights,
+        max_context: int,
+        device: torch.device,
+        cache_dtype: torch.dtype,
+    ) -> tuple[CapturedStep, Prompts]:
+        """weights by our names; those that are laid out anew are taken out of the dict."""
+        ...
+
+
+class CompileKernels(Protocol):
+    """Compile every kernel that a model can launch, so that nothing compiles later."""
+
+    def __call__(
+        self,
+        config: Any,
+        max_context: int,
+        device: torch.device,
+        formats: Any,
+        dense_format: QuantFormat | None,
+    ) -> None:
+        """formats: what GpuFamily.formats found; dense_format: see moe_runtime/dense_format.py."""
+        ...
+
+
+@dataclass(frozen=True)
+class GpuFamily:
+    """How models of one family run on our kernels.
+
+    formats: what decides which kernels a model launches, from its headers; raises
+             UnsupportedModelError for a weight in a format that the kernels do not read
+    """
+
+    formats: Callable[[LoadPlan], tuple[Any, ...]]
+    assemble: Assemble
+    compile: CompileKernels
+
+
+GPU_FAMILIES: Mapping[str, GpuFamily] = {
+    "gpt_oss": GpuFamily(gpt_oss.expert_formats, gpt_oss.assemble, gpt_oss.compile_kernels),
+}

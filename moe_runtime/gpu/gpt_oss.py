@@ -1,0 +1,94 @@
+"""GPT-OSS on our kernels: its formats, its assembly, and a run on zeros that compiles them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+
+from kernels.reference.rope_kv import rope_table
+from loaders.errors import UnsupportedModelError
+from loaders.names.table import LoadPlan, PlannedWeight
+from moe_runtime.cache import KVCache
+from moe_runtime.config import ModelConfig
+from moe_runtime.decode import DecodeStep, ModelWeights, zero_weights
+from moe_runtime.models.reference_model import Weights
+from moe_runtime.plan import PREFILL_CHUNK
+from moe_runtime.prefill import Prefill
+from quant.formats import BF16, MXFP4, QuantFormat
+
+
+def expert_formats(plan: LoadPlan) -> tuple[tuple[QuantFormat, QuantFormat], ...]:
+    """The different pairs of formats in which layers have gate_up and down.
+
+    Raises UnsupportedModelError for weights in a format for which there are no GPU kernels.
+    """
+    by_name = {}
+    for weight in plan.weights:
+        if weight.name.endswith((".gate_up", ".down")):
+            if (weight.format is None and weight.dtype != "BF16") or len(weight.pieces) > 1:
+                raise no_kernel(weight, "experts are run in bf16 and in the quantized formats")
+            by_name[weight.name] = weight.format or BF16
+        elif weight.format is not None:
+            raise no_kernel(weight, "attention and head are run in bf16")
+    gate_ups = [name for name in by_name if name.endswith(".gate_up")]
+    downs = [name.removesuffix("gate_up") + "down" for name in gate_ups]
+    return tuple(
+        dict.fromkeys((by_name[g], by_name[d]) for g, d in zip(gate_ups, downs, strict=True))
+    )
+
+
+def no_kernel(weight: PlannedWeight, what_is: str) -> UnsupportedModelError:
+    """The error for a weight in a format that a family's kernels do not read."""
+    found = weight.format.name if weight.format else weight.dtype
+    return UnsupportedModelError(
+        f"{weight.name}: there are no GPU kernels for it in {found}; {what_is}",
+        hint="use backend='reference' (slow)",
+    )
+
+
+def assemble(
+    config: ModelConfig,
+    weights: Weights,
+    max_context: int,
+    device: torch.device,
+    cache_dtype: torch.dtype,
+) -> tuple[DecodeStep, Prefill]:
+    """See gpu.families.Assemble."""
+    model = ModelWeights.from_named(weights, config)
+    cache = KVCache.allocate(config, max_context, device, cache_dtype)
+    positions = torch.arange(max_context, device=device)
+    rope = rope_table(config.rope, config.head_width, positions)
+    step = DecodeStep(config, model, cache, rope, max_context)
+    return step, Prefill(config, model, cache, rope, min(PREFILL_CHUNK, max_context))
+
+
+def compile_kernels(
+    config: ModelConfig,
+    max_context: int,
+    device: torch.device,
+    formats: Iterable[tuple[QuantFormat, QuantFormat]] = ((MXFP4, MXFP4),),
+    dense_format: QuantFormat | None = None,
+) -> None:
+    """See gpu.families.CompileKernels.
+
+    formats:        pairs of gate_up's and down's that the layers have
+    dense_format:   of projections and head if they are packed
+    Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
+    and one cache of memory; it can go on while the weights are read.
+    """
+    kinds = tuple(dict.fromkeys(config.layer_is_sliding))
+    small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
+    cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
+    rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
+    for pair in formats:
+        weights = zero_weights(small, device, pair, dense_format)
+        step = DecodeStep(small, weights, cache, rope, max_context)
+        for filtered in (False, True):
+            step.step(filtered=filtered)
+        prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
+        for length in prefill.warm_up_lengths():
+            for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
+                prefill.head(residual_TD[-1:])
+    torch.cuda.synchronize()
