@@ -181,7 +181,7 @@ def run_child(options: argparse.Namespace) -> None:
     from kernels.read_bandwidth import read_bandwidth
     from moe_runtime import MoeModel, benchmark
 
-    longest = max(*PROMPTS, max(options.context) + benchmark.SHORT_TOKENS + options.tokens)
+    longest = max(max(PROMPTS) + 1, max(options.context) + benchmark.SHORT_TOKENS + options.tokens)
     with MoeModel.from_pretrained(
         options.folder,
         device=options.device,
@@ -291,12 +291,10 @@ def measure_shape(
         if written and not options.keep:
             shutil.rmtree(folder, ignore_errors=True)
     if options.peer:
-        filled = options.peer.format(
-            shape=shape,
-            contexts=" ".join(map(str, options.context)),
-            tokens=options.tokens,
-            repeats=options.repeats,
-        )
+        amounts = {"contexts": " ".join(map(str, options.context)), "tokens": options.tokens}
+        filled = options.peer
+        for key, value in {"shape": shape, "repeats": options.repeats, **amounts}.items():
+            filled = filled.replace(f"{{{key}}}", str(value))
         for line in deadline.lines(filled, f"peer of {name}"):
             for row in peer_rows(line):
                 table.add(row, options.csv)
@@ -341,8 +339,8 @@ def main() -> None:
         for shape in options.shape:
             try:
                 measure_shape(options, shape, table, deadline)
-            except OSError as error:
-                report(f"{shape}: {error}")
+            except Exception as error:  # the other shape goes on
+                report(f"{shape}: {type(error).__name__}: {error}")
     finally:
         print("\n".join(table.lines(options.context)), flush=True)
 

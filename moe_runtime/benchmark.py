@@ -135,7 +135,7 @@ def run_bench(
     on_step: Callable[[], None],
 ) -> BenchReport:
     """Load a model and take every figure; on_step is called after each timed run."""
-    longest = max(*prompts, max(contexts) + SHORT_TOKENS + tokens)
+    longest = max(max(prompts) + 1, max(contexts) + SHORT_TOKENS + tokens)
     with MoeModel.from_pretrained(
         model_name,
         revision=revision,
