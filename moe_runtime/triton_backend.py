@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.compile_ahead import compile_ahead
 from kernels.read_bandwidth import read_bandwidth
 from kernels.sampling import NO_CUT
 from moe_runtime.backend import SampledToken
@@ -135,13 +136,20 @@ def compile_kernels(
     device: torch.device,
     formats: tuple[Any, ...],
     dense_format: QuantFormat | None = None,
-) -> None:
+) -> int:
     """Compile every kernel that a model of this config can launch, so that nothing compiles later.
 
     formats:       what GpuFamily.formats found in its headers
     dense_format:  of the weights that moe_runtime/dense_format.py packs
+    returns        how many kernels were not in this process yet
+
+    First all at once on all processors; then they are run, which loads them onto the GPU.
     """
-    GPU_FAMILIES[config.family].compile(config, max_context, device, formats, dense_format)
+    run = GPU_FAMILIES[config.family].compile
+    with compile_ahead() as asked:
+        run(config, max_context, device, formats, dense_format)
+    run(config, max_context, device, formats, dense_format)
+    return asked.num_kernels
 
 
 class _TokenReader:
