@@ -28,12 +28,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from kernels import moe_gemm, moe_gemv, rms_norm, rope_kv, sink_attention_prefill
 from kernels.moe_routing import Routing, route_tokens
-from kernels.packed_vector import pack_vector
+from kernels.packed_vector import activation_scale, packed_vectors, store_vector, unpack_vectors
 from kernels.reference import moe_gemm as moe_twin
 from kernels.reference import moe_gemv as gemv_twin
 from kernels.reference import rms_norm as norm_twin
 from kernels.reference import rope_kv as rope_twin
 from kernels.reference import sink_attention_prefill as attention_twin
+from kernels.swiglu import Swiglu
 from quant.codecs import CODECS
 from quant.formats import FORMATS, MXFP4
 from quant.tensor import QuantTensor
@@ -131,23 +132,23 @@ def median_us(run: Callable[[], object], repeats: int = 15) -> float:
 
 def bench_decode_experts(layers: list[Layer], experts: int) -> list[Row]:
     """Both halves of one token's experts."""
-    packed = pack_vector(torch.randn(D, device=DEVICE) * 4096)
-    unscale = torch.full((1,), 2.0**-12, device=DEVICE)
+    formats = layers[0].gate_up.format, layers[0].down.format
+    packed = packed_vectors(formats[0], 1, D, DEVICE)
+    store_vector(packed, 0, torch.randn(D, device=DEVICE), 2.0**-12)
     ids = torch.randperm(experts, device=DEVICE)[:K].to(torch.int32)
     weights = torch.rand(K, device=DEVICE)
-    hidden = torch.zeros(K, 4, F // 8, 2, dtype=torch.float16, device=DEVICE)
+    unscale = 1 / activation_scale(SWIGLU["limit"])
+    hidden = packed_vectors(formats[1], K, F, DEVICE, unscale)
+    activation = Swiglu(**SWIGLU, offset=1.0, alternating=True)
     residual = torch.zeros(D, device=DEVICE)
 
-    def gate_up(layer: Layer, module=moe_gemv) -> Tensor:
-        return module.moe_gate_up(
-            packed, unscale, layer.gate_up, layer.gate_up_bias, ids, hidden, **SWIGLU
-        )
+    def gate_up(layer: Layer, module=moe_gemv, checked: bool = False) -> Tensor:
+        module.moe_gate_up(packed, layer.gate_up, layer.gate_up_bias, ids, hidden, activation)
+        return unpack_vectors(hidden) if checked else hidden.values
 
-    def down(layer: Layer, module=moe_gemv) -> Tensor:
+    def down(layer: Layer, module=moe_gemv, checked: bool = False) -> Tensor:
         out = residual if module is moe_gemv else residual.clone()
-        return module.moe_down(
-            hidden, layer.down, layer.down_bias, ids, weights, out, limit=SWIGLU["limit"]
-        )
+        return module.moe_down(hidden, layer.down, layer.down_bias, ids, weights, out)
 
     rows = []
     for name, run, weight in (
@@ -155,8 +156,8 @@ def bench_decode_experts(layers: list[Layer], experts: int) -> list[Row]:
         ("decode down", down, layers[0].down),
     ):
         residual.zero_()
-        expected = run(layers[0], gemv_twin).clone()
-        assert_close(run(layers[0]), expected, "moe_gemv_mxfp4")
+        expected = run(layers[0], gemv_twin, checked=True).clone()
+        assert_close(run(layers[0], checked=True), expected, "moe_gemv_mxfp4")
         us = median_us(functools.partial(run_all, run, layers)) / len(layers)
         read = weight.nbytes * K // experts
         rows.append(Row(f"{name} {weight.format.name}", 1, "", us, None, read / us / 1e3))

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
+from kernels.packed_vector import PackedVectors, store_packed
 
 
 # Program 0 packs the normed vector; program p > 0 computes ROWS logits; the last one to finish
@@ -22,8 +23,8 @@ def _router_kernel(
     ticket_ptr,  # [1] int32, zero before and after
     ids_ptr,  # [K] int32, written
     weights_ptr,  # [K] fp32, written
-    packed_ptr,  # [4, D / 8, 2] fp16, written; see kernels/moe_gemv.py
-    unscale_ptr,  # [1] fp32, written: multiplies sums over the packed vector
+    packed_ptr,  # [2, D] int8 or [4, D / 8, 2] fp16, written; see kernels/packed_vector.py
+    unscale_ptr,  # [D / 32] or [1] fp32, written
     trace_ptr,  # [programs, 3] int64 or None
     D: tl.constexpr,
     E: tl.constexpr,
@@ -32,6 +33,7 @@ def _router_kernel(
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    DIGITS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
@@ -49,16 +51,7 @@ def _router_kernel(
     factor = tl.rsqrt(tl.sum(x * x) / D + EPS)
     x *= norm
     if program == 0:
-        # The largest magnitude goes to [2^14, 2^15): products with codes (at most 6, scaled by
-        # 2^-14) and sums of four stay in fp16's normal range.
-        y = x * factor
-        largest = tl.maximum(tl.max(tl.abs(y)), 1e-30)
-        exponent = (largest.to(tl.int32, bitcast=True) >> 23) - 127
-        scale = ((14 - exponent + 127) << 23).to(tl.float32, bitcast=True)
-        word = d >> 3
-        place = ((d & 3) * (D // 8) + word) * 2 + ((d >> 2) & 1)
-        tl.store(packed_ptr + place, (y * scale).to(tl.float16), mask=d < D)
-        tl.store(unscale_ptr, ((exponent - 14 + 127) << 23).to(tl.float32, bitcast=True))
+        store_packed(x * factor, packed_ptr, unscale_ptr, D, BLOCK_D, DIGITS)
     else:
         logit = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * factor + bias
         # NaN (weights that overflow) must not lead to an expert that does not exist.
@@ -98,8 +91,7 @@ def router_topk(
     ticket: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    packed: Tensor,
-    unscale: Tensor,
+    packed: PackedVectors,
     trace: Tensor | None = None,
 ) -> None:
     """Choose the experts of one token and pack its normed vector for them.
@@ -111,9 +103,7 @@ def router_topk(
     ticket:          [1] int32, zero before the first call; left zero
     expert_ids:      [K] int32, written, by falling logit; a tie takes the lower id
     expert_weights:  [K] fp32, written: softmax over the chosen logits
-    packed:          [4, D / 8, 2] fp16, written: the normed vector times 1 / unscale, in the order
-                     of kernels/moe_gemv.py
-    unscale:         [1] fp32, written: a power of two
+    packed:          one vector, written: the normed one, in either form
 
     Reads E * D weights; bound by latency at every published size.
     """
@@ -128,8 +118,8 @@ def router_topk(
         ticket,
         expert_ids,
         expert_weights,
-        packed,
-        unscale,
+        packed.values,
+        packed.unscale,
         trace,
         D=width,
         E=experts,
@@ -138,6 +128,7 @@ def router_topk(
         ROWS=rows,
         BLOCK_D=triton.next_power_of_2(width),
         BLOCK_E=triton.next_power_of_2(experts),
+        DIGITS=packed.digits,
         num_warps=4,
         **early_start(x),
     )

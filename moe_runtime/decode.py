@@ -16,13 +16,15 @@ from torch import Tensor
 
 from kernels.gemv import embedding, gemv
 from kernels.moe_gemv import moe_down, moe_gate_up
-from kernels.packed_vector import packed_buffer
+from kernels.packed_vector import activation_scale, packed_vectors
 from kernels.router_topk import router_topk
-from kernels.sampling import SamplingState, make_state, sample
+from kernels.sampling import sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
+from kernels.swiglu import Swiglu
 from loaders.logical_schemes import scale_shape
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
+from moe_runtime.gpu.captured_step import CapturedStep
 from quant.formats import BF16, MXFP4, QuantFormat
 from quant.tensor import QuantTensor
 
@@ -157,7 +159,7 @@ def zero_weights(
     return ModelWeights(table, layer.moe_norm, head, [layer] * c.num_layers)
 
 
-class DecodeStep:
+class DecodeStep(CapturedStep):
     """The kernels of one token, captured as CUDA graphs with and without a cut distribution."""
 
     def __init__(
@@ -171,7 +173,7 @@ class DecodeStep:
         c = config
         device = weights.embedding.device
         self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
-        self.state: SamplingState = make_state(c.vocab_size, max_context + 1, device)
+        super().__init__(c.vocab_size, max_context, device)
         group = head_group(c.num_heads, c.num_kv_heads)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -186,29 +188,17 @@ class DecodeStep:
         self.router_ticket = buffer(1, dtype=torch.int32)
         self.expert_ids = buffer(c.experts_per_token, dtype=torch.int32)
         self.expert_weights = buffer(c.experts_per_token)
-        self.packed = packed_buffer(1, c.model_width, device)[0]
-        self.unscale = buffer(1)
-        self.hidden = packed_buffer(c.experts_per_token, c.expert_width, device)
+        self.activation = Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True)
+        unscale = 1.0 / activation_scale(c.swiglu_limit)
+        formats = {(w.gate_up.format, w.down.format) for w in weights.layers}
+        self._packed = {
+            (g, d): (
+                packed_vectors(g, 1, c.model_width, device),
+                packed_vectors(d, c.experts_per_token, c.expert_width, device, unscale),
+            )
+            for g, d in formats
+        }
         self.logits = buffer(c.vocab_size)
-        self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
-
-    def capture(self) -> None:
-        """Record both graphs (CUDA only); kernels not compiled yet are compiled here."""
-        for filtered in (False, True):
-            self.step(filtered=filtered)
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.step(filtered=filtered)
-            self._graphs[filtered] = graph
-
-    def replay(self, *, filtered: bool) -> None:
-        """Feed state.token at state.position and draw the next: one graph launch on CUDA."""
-        graph = self._graphs.get(filtered)
-        if graph is None:
-            self.step(filtered=filtered)
-        else:
-            graph.replay()
 
     def step(self, *, filtered: bool) -> None:
         """Launch the kernels of one token."""
@@ -254,6 +244,7 @@ class DecodeStep:
 
     def _mix_experts(self, w: LayerWeights) -> None:
         c = self.config
+        packed, hidden = self._packed[w.gate_up.format, w.down.format]
         router_topk(
             self.residual,
             w.moe_norm,
@@ -264,25 +255,9 @@ class DecodeStep:
             ticket=self.router_ticket,
             expert_ids=self.expert_ids,
             expert_weights=self.expert_weights,
-            packed=self.packed,
-            unscale=self.unscale,
+            packed=packed,
         )
-        moe_gate_up(
-            self.packed,
-            self.unscale,
-            w.gate_up,
-            w.gate_up_bias,
-            self.expert_ids,
-            self.hidden,
-            limit=c.swiglu_limit,
-            alpha=c.swiglu_alpha,
-        )
+        moe_gate_up(packed, w.gate_up, w.gate_up_bias, self.expert_ids, hidden, self.activation)
         moe_down(
-            self.hidden,
-            w.down,
-            w.down_bias,
-            self.expert_ids,
-            self.expert_weights,
-            self.residual,
-            limit=c.swiglu_limit,
+            hidden, w.down, w.down_bias, self.expert_ids, self.expert_weights, self.residual
         )

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.packed_vector import pack_vector
+from kernels.packed_vector import PackedVectors, store_vector
 from kernels.reference.rms_norm import rms_norm
 
 
@@ -18,8 +18,7 @@ def router_topk(
     ticket: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    packed: Tensor,
-    unscale: Tensor,
+    packed: PackedVectors,
 ) -> None:
     """Same arguments and results as the kernel; the ticket stays as it is."""
     y = rms_norm(x[None], norm.float(), eps)[0]
@@ -28,5 +27,4 @@ def router_topk(
     expert_ids.copy_(ordered.indices[: len(expert_ids)])
     expert_weights.copy_(ordered.values[: len(expert_ids)].softmax(0))
     exponent = torch.frexp(y.abs().amax().clamp(min=1e-30)).exponent - 1
-    unscale.copy_(torch.ldexp(torch.ones_like(unscale), exponent - 14))
-    packed.copy_(pack_vector(y / unscale))
+    store_vector(packed, 0, y, 2.0 ** (int(exponent) - 14))

@@ -9,9 +9,10 @@ import triton
 
 from kernels import moe_gemm, moe_gemv
 from kernels.moe_routing import route_tokens
-from kernels.packed_vector import pack_vector
+from kernels.packed_vector import activation_scale, packed_vectors, store_vector, unpack_vectors
 from kernels.reference import moe_gemm as gemm_twin
 from kernels.reference import moe_gemv as gemv_twin
+from kernels.swiglu import Swiglu
 from moe_runtime import MoeModel
 from quant.codecs import CODECS
 from quant.formats import FORMATS
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 EXPERTS, TOP_K, WIDTH = 6, 4, 2880  # the width of gpt-oss, model and experts
 SWIGLU = {"limit": 7.0, "alpha": 1.702}
+ACTIVATION = Swiglu(**SWIGLU, offset=1.0, alternating=True)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -43,17 +45,19 @@ def test_one_token_at_full_width(layer):
     gate_up, gate_up_bias, down, down_bias = layer
     ids = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device="cuda")
     mixing = torch.rand(TOP_K, device="cuda")
-    packed = pack_vector(torch.randn(WIDTH, device="cuda") * 4096)
-    unscale = torch.full((1,), 2.0**-12, device="cuda")
-    hidden = torch.full((TOP_K, 4, WIDTH // 8, 2), torch.nan, dtype=torch.float16, device="cuda")
-    expected = hidden.clone()
+    packed = packed_vectors(gate_up.format, 1, WIDTH, ids.device)
+    store_vector(packed, 0, torch.randn(WIDTH, device="cuda"), 2.0**-12)
+    unscale = 1 / activation_scale(ACTIVATION.limit)
+    hidden, expected = (
+        packed_vectors(down.format, TOP_K, WIDTH, ids.device, unscale) for _ in range(2)
+    )
     for module, out in ((moe_gemv, hidden), (gemv_twin, expected)):
-        module.moe_gate_up(packed, unscale, gate_up, gate_up_bias, ids, out, **SWIGLU)
-    assert_close(hidden, expected, "moe_gemv_mxfp4")
+        module.moe_gate_up(packed, gate_up, gate_up_bias, ids, out, ACTIVATION)
+    assert_close(unpack_vectors(hidden), unpack_vectors(expected), "moe_gemv_mxfp4")
     residual = torch.randn(WIDTH, device="cuda")
     twin_residual = residual.clone()
-    moe_gemv.moe_down(expected, down, down_bias, ids, mixing, residual, limit=7.0)
-    gemv_twin.moe_down(expected, down, down_bias, ids, mixing, twin_residual, limit=7.0)
+    moe_gemv.moe_down(expected, down, down_bias, ids, mixing, residual)
+    gemv_twin.moe_down(expected, down, down_bias, ids, mixing, twin_residual)
     assert_close(residual, twin_residual, "moe_gemv_mxfp4")
 
 

@@ -28,6 +28,9 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from kernels import (
     gemv,
+    grouped_router,
+    latent_attention,
+    latent_cache,
     moe_gemm,
     moe_gemv,
     moe_routing,
@@ -40,13 +43,15 @@ from kernels import (
     sink_attention_prefill,
 )
 from kernels.moe_routing import Routing
-from quant.formats import BF16, FP8_BLOCK128, MXFP4, MXFP8, NVFP4, QuantFormat
+from kernels.packed_vector import packed_vectors
+from kernels.swiglu import Swiglu
+from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, MXFP4, MXFP8, NVFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 META = torch.device("meta")
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8",
+    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8",
 }  # fmt: skip
 
 
@@ -151,30 +156,29 @@ def run_gemv(s: Sizes) -> None:
     gemv.embedding(int32(1), empty(s.V, s.D), fp32(s.D))
 
 
-def run_router(s: Sizes) -> None:
+def run_router(s: Sizes, format: QuantFormat = MXFP4) -> None:
     router_topk.router_topk(
         fp32(s.D), empty(s.D), empty(s.E, s.D), empty(s.E),
         eps=1e-5, logits=fp32(s.E), ticket=int32(1), expert_ids=int32(s.K),
-        expert_weights=fp32(s.K), packed=empty(4, s.D // 8, 2, dtype=torch.float16),
-        unscale=fp32(1),
+        expert_weights=fp32(s.K), packed=packed_vectors(format, 1, s.D, META),
     )  # fmt: skip
 
 
 def run_moe_gemv(s: Sizes, format: QuantFormat = MXFP4) -> None:
-    hidden = empty(s.K, 4, s.F // 8, 2, dtype=torch.float16)
+    hidden = packed_vectors(format, s.K, s.F, META)
     moe_gemv.moe_gate_up(
-        empty(4, s.D // 8, 2, dtype=torch.float16), fp32(1),
-        experts_in(format, s.E, 2 * s.F, s.D), empty(s.E, 2 * s.F), int32(s.K), hidden,
-        limit=7.0, alpha=1.702,
+        packed_vectors(format, 1, s.D, META), experts_in(format, s.E, 2 * s.F, s.D),
+        empty(s.E, 2 * s.F), int32(s.K), hidden, Swiglu(7.0, 1.702, 1.0, alternating=True),
     )  # fmt: skip
     down, bias = experts_in(format, s.E, s.D, s.F), empty(s.E, s.D)
-    moe_gemv.moe_down(hidden, down, bias, int32(s.K), fp32(s.K), fp32(s.D), limit=7.0)
+    moe_gemv.moe_down(hidden, down, bias, int32(s.K), fp32(s.K), fp32(s.D))
 
 
 def run_expert_formats(s: Sizes) -> None:
     """The tile that takes most registers; what is left out differs in a constant from these."""
     if s is GPT_OSS_20B:
         for format in (NVFP4, MXFP8, FP8_BLOCK128, BF16):
+            run_router(s, format)
             run_moe_gemv(s, format)
             run_moe_gemm(s, format)
 
@@ -199,6 +203,62 @@ def run_read_bandwidth(s: Sizes) -> None:
     read_bandwidth.block_sums(int32(1 << 20))
 
 
+DEEPSEEK_V3 = Sizes(7168, 2048, 128, 1, 576, 256, 8, 0, 129280, 4096)
+V2_LITE = Sizes(2048, 1408, 16, 1, 576, 64, 6, 0, 102400, 4096)
+
+
+def deepseek_sizes(s: Sizes) -> Sizes:
+    """The DeepSeek model that stands for a row's large and tiny sizes."""
+    return DEEPSEEK_V3 if s is GPT_OSS_20B else V2_LITE
+
+
+def run_latent_attention(s: Sizes) -> None:
+    s = deepseek_sizes(s)
+    cache, position, query = empty(s.context, 576), int32(1), empty(s.H, 576)
+    rope = fp32(s.context, 32), fp32(s.context, 32)
+    projection = empty(s.H, 256, 512)
+    splits = latent_attention.num_splits(s.H)
+    latent_cache.latent_query(
+        fp32(s.H, 192), fp32(576), empty(512), projection, rope, position, cache, query, eps=1e-6
+    )
+    tokens = empty(300, s.H, 576)
+    latent_cache.latent_cache(
+        empty(300, s.H, 192), empty(300, 576), empty(512), rope, position, cache, tokens, eps=1e-6
+    )
+    for chosen, chosen_of_each in ((None, None), (int32(2048), int32(300, 2048))):
+        latent_attention.latent_attention_decode(
+            query, cache, position, projection, fp32(s.H, 128), scale=0.1,
+            acc=fp32(s.H, splits, 512), stats=fp32(s.H, splits, 2), chosen=chosen,
+        )  # fmt: skip
+        latent_attention.latent_attention_prefill(
+            tokens, cache, position, empty(300, s.H, 512), scale=0.1, chosen=chosen_of_each
+        )
+
+
+def run_grouped_router(s: Sizes) -> None:
+    s = deepseek_sizes(s)
+    is_v3 = s is DEEPSEEK_V3
+    packed = packed_vectors(FP8_BLOCK128, 1, s.D, META)
+    grouped_router.grouped_router(
+        fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E) if is_v3 else None,
+        eps=1e-6, sigmoid=is_v3, num_groups=8 if is_v3 else 1, num_limited=4 if is_v3 else 1,
+        normalized=is_v3, scale=2.5, logits=fp32(s.E), ticket=int32(1), expert_ids=int32(s.K),
+        expert_weights=fp32(s.K), packed=packed,
+    )  # fmt: skip
+    grouped_router.norm_and_pack(fp32(s.D), empty(s.D), packed, eps=1e-6)
+
+
+def run_gemv_blocks(s: Sizes) -> None:
+    s = deepseek_sizes(s)
+    for format in (FP8_BLOCK128, FP8_BLOCK128_E8M0):
+        for rows, columns in ((2112, s.D), (s.H * 192, 1536), (s.D, s.H * 128)):
+            weight = experts_in(format, 1, rows, columns)[0]
+            gemv.gemv(fp32(columns), weight, fp32(rows), norm=empty(columns), eps=1e-6)
+    gemv.gemv(fp32(columns), weight, fp32(rows), add=True)
+    gemv.gemv(fp32(s.D), empty(s.V, s.D), fp32(s.V), norm=empty(s.D), eps=1e-6)
+    gemv.gemv(fp32(s.H * 128), empty(s.D, s.H * 128), fp32(s.D), add=True)
+
+
 LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "rms_norm": run_rms_norm,
     "rope_kv": run_rope,
@@ -210,6 +270,9 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "moe_gemv": run_moe_gemv,
     "expert_formats": run_expert_formats,
     "sink_attention_decode": run_decode_attention,
+    "latent_attention": run_latent_attention,
+    "grouped_router": run_grouped_router,
+    "gemv_blocks": run_gemv_blocks,
     "sampling": run_sampling,
     "read_bandwidth": run_read_bandwidth,
 }

@@ -1,6 +1,7 @@
 """Just enough of PTX to run the kernels' inline code on a CPU, which Triton's interpreter cannot.
 
-Registers are int64 tensors that hold the bits; every element is a thread of its own.
+Registers are int64 tensors that hold the bits; every element is a thread of its own, and for
+products of matrices there are 32 of them.
 """
 
 import re
@@ -36,6 +37,11 @@ def _execute(operation: str, names: list[str], registers: dict[str, Tensor]) -> 
         registers[low] = bits & ((1 << width) - 1)
         registers[high] = (bits >> width) & ((1 << width) - 1)
         return
+    if operation.startswith("mma"):
+        quads = [[registers[n.strip()] for n in name.strip("{}").split(",")] for name in rest]
+        for name, bits in zip(target.strip("{}").split(","), _mma_s8(*quads), strict=True):
+            registers[name.strip()] = bits
+        return
     arguments = [registers[name] if name in registers else int(name, 0) for name in rest]
     registers[target] = _OPERATIONS[operation](*arguments)
 
@@ -49,9 +55,34 @@ def _lop3(a, b, c, table: int):
     return result & WORD
 
 
-def _prmt(a, b, selector: int):
-    both = a | (b << 32)
-    return sum(((both >> (8 * (selector >> (4 * i) & 7))) & 0xFF) << (8 * i) for i in range(4))
+def _prmt(a, b, selector):
+    """Bytes by the selector's nibbles; the fourth bit spreads the chosen byte's sign instead."""
+    both, result = a | (b << 32), 0
+    for i in range(4):
+        byte = both >> (8 * (selector >> (4 * i) & 7)) & 0xFF
+        sign = selector >> (4 * i + 3) & 1
+        result = result | (byte * (1 - sign) + 0xFF * (byte >> 7) * sign) << (8 * i)
+    return result
+
+
+def _mma_s8(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
+    """m16n8k32 of signed bytes, the registers of 32 lanes as the PTX manual lays them out."""
+    lane = torch.arange(32)
+    row, quarter = lane // 4, lane % 4
+    left, right = torch.zeros(16, 32, dtype=torch.int64), torch.zeros(32, 8, dtype=torch.int64)
+    for byte in range(4):
+        for i, (down, across) in enumerate(((0, 0), (8, 0), (0, 16), (8, 16))):
+            left[row + down, across + 4 * quarter + byte] = _signed_byte(a[i], byte)
+        for i in range(2):
+            right[16 * i + 4 * quarter + byte, row] = _signed_byte(b[i], byte)
+    product = left @ right
+    return [
+        (product[row + 8 * (i // 2), 2 * quarter + i % 2] + c[i]) for i in range(4)
+    ]
+
+
+def _signed_byte(bits: Tensor, which: int) -> Tensor:
+    return (bits >> (8 * which) & 0xFF).to(torch.uint8).view(torch.int8).long()
 
 
 def _numbers(bits, dtype: torch.dtype) -> list:
@@ -81,9 +112,16 @@ def _fp32(bits: Tensor) -> Tensor:
 
 _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "mov.b32": lambda a: a,
+    "mov.f32": lambda a: a,
     "shl.b32": lambda a, n: (a << n) & WORD,
     "shr.b32": lambda a, n: (a & WORD) >> n,
+    "shr.u32": lambda a, n: (a & WORD) >> n,
     "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "sub.s32": lambda a, b: a - b,
+    "mad.lo.s32": lambda a, b, c: a * b + c,
+    "cvt.rn.f32.s32": lambda a: a.float().view(torch.int32).long(),
+    "fma.rn.f32": lambda a, b, c: (_fp32(a) * _fp32(b) + _fp32(c)).view(torch.int32).long(),
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
     "mul.rn.f16x2": _fma(torch.float16),

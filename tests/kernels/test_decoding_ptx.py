@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from kernels import moe_gemv, packed_dot, weight_tiles
+from kernels import moe_gemv_fp4, packed_dot, weight_tiles
+from kernels.packed_vector import packed_vectors, store_vector, unpack_vectors
 from quant.e2m1 import E2M1_VALUES
+from quant.formats import MXFP4
 from tests.kernels.ptx_emulator import run_ptx
 
 E2M1 = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64)
 E4M3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).double()
 # PTX of a GEMV, its codes, the bits of one, and the power of two that it leaves.
 DOTS = {
-    "e2m1": (moe_gemv._DOT8_PTX.value, E2M1, 4, 2.0**-14),
     "e4m3": (packed_dot._DOT8_E4M3_PTX.value, E4M3, 8, 2.0**-12),
 }
 TILES = {
@@ -67,3 +68,38 @@ def test_tiles(name, scale):
         pair = run_ptx(ptx, operands, 4)[place // 2] >> (16 * (place % 2)) & 0xFFFF
         found = pair.to(torch.int32).to(torch.int16).view(torch.bfloat16).double()
         assert torch.equal(found, values[codes[place]] * (scale if scaled else 1.0)), place
+
+
+@pytest.mark.parametrize("scales_a_row", [1, 2])
+def test_step_of_4_bit_weights(scales_a_row):
+    """A warp's 16 rows and 4 groups of 32 columns, by the PTX that runs on tensor cores."""
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (16, 4, 32))
+    x = torch.randn(4, 32) * 100
+    packed = packed_vectors(MXFP4, 1, 128, x.device)
+    store_vector(packed, 0, x.flatten())
+    digits = packed.values[0].view(torch.uint8).long().view(2, 4, 8, 4)
+    digits = (digits << (8 * torch.arange(4))).sum(-1)  # [2, 4 groups, 8 words]
+    scales = torch.exp2(torch.randint(-9, 9, (16, 4, scales_a_row)).float())
+    words = (codes.view(16, 4, 4, 8) << (4 * torch.arange(8))).sum(-1)  # [16, 4 groups, 4 words]
+    lane = torch.arange(32)
+    row, group, column = lane // 4, lane % 4, lane // 4
+    own = group == column // 2
+    inputs = {4 + i: words[row, group, i] for i in range(4)}
+    inputs |= {8 + i: words[row + 8, group, i] for i in range(4)}
+    inputs |= {12 + i: digits[column % 2, group, i] * own for i in range(8)}
+    bits = scales.view(torch.int32).long()
+    for which in range(scales_a_row):
+        inputs[20 + 4 * which] = bits[row, group, which]
+        inputs[20 + 4 * (scales_a_row + which)] = bits[row + 8, group, which]
+    sums = 20 + 8 * scales_a_row
+    inputs |= {sums + i: torch.zeros_like(lane) for i in range(2)}
+    inputs |= {sums + 4: torch.full_like(lane, 0x03020100)}
+    inputs |= {sums + 8: torch.full_like(lane, 0x0C080604)}
+    found = run_ptx(moe_gemv_fp4._step_ptx(scales_a_row), inputs, 2)
+    found = [bits.to(torch.int32).view(torch.float32).double() for bits in found]
+    vector = unpack_vectors(packed)[0].double() / packed.unscale[0].repeat_interleave(32)
+    products = 2 * E2M1[codes] * vector.view(4, 32)  # of the integers
+    expected = (products.unflatten(-1, (scales_a_row, -1)).sum(-1) * scales).sum(-1)
+    torch.testing.assert_close(found[0], expected[row, group], rtol=1e-6, atol=1e-2)
+    torch.testing.assert_close(found[1], expected[row + 8, group], rtol=1e-6, atol=1e-2)

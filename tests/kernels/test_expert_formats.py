@@ -8,9 +8,10 @@ import torch
 
 from kernels import moe_gemm, moe_gemv
 from kernels.moe_routing import route_tokens
-from kernels.packed_vector import activation_scale, pack_vector
+from kernels.packed_vector import activation_scale, packed_vectors, store_vector, unpack_vectors
 from kernels.reference import moe_gemm as gemm_twin
 from kernels.reference import moe_gemv as gemv_twin
+from kernels.swiglu import Swiglu
 from quant.codecs import CODECS, decode
 from quant.formats import FORMATS, FP8_BLOCK128_E8M0, FP8_ROW, MXFP8, NVFP4
 from quant.tensor import QuantTensor
@@ -18,6 +19,7 @@ from tests.tolerances import assert_close
 
 OTHERS = [name for name in FORMATS if name != "mxfp4"]
 SWIGLU = {"limit": 7.0, "alpha": 1.702}
+ACTIVATION = Swiglu(**SWIGLU, offset=1.0, alternating=True)
 # 352 columns: whole and partial blocks of 128, and steps past the end of a row.
 # 32 columns: one step is the whole row.
 EXPERTS, WIDTH, EXPERT_WIDTH, TOP_K = 4, 352, 32, 2
@@ -52,18 +54,19 @@ def test_one_token(layer, device, monkeypatch):
     gate_up, gate_up_bias, down, down_bias = layer
     ids = torch.tensor([3, 1], dtype=torch.int32, device=device)
     mixing = torch.rand(TOP_K, device=device)
-    packed = pack_vector(torch.randn(WIDTH, device=device) * 4096)
-    unscale = torch.full((1,), 2.0**-12, device=device)
-    shape = (TOP_K, 4, EXPERT_WIDTH // 8, 2)
-    hidden = torch.full(shape, float("nan"), dtype=torch.float16, device=device)
-    expected = hidden.clone()
+    packed = packed_vectors(gate_up.format, 1, WIDTH, device)
+    store_vector(packed, 0, torch.randn(WIDTH, device=device), 2.0**-12)
+    unscale = 1 / activation_scale(ACTIVATION.limit)
+    hidden, expected = (
+        packed_vectors(down.format, TOP_K, EXPERT_WIDTH, device, unscale) for _ in range(2)
+    )
     for module, out in ((moe_gemv, hidden), (gemv_twin, expected)):
-        module.moe_gate_up(packed, unscale, gate_up, gate_up_bias, ids, out, **SWIGLU)
-    assert_close(hidden, expected, "moe_gemv_mxfp4")
+        module.moe_gate_up(packed, gate_up, gate_up_bias, ids, out, ACTIVATION)
+    assert_close(unpack_vectors(hidden), unpack_vectors(expected), "moe_gemv_mxfp4")
     residual = torch.randn(WIDTH, device=device)
     twin_residual = residual.clone()
-    moe_gemv.moe_down(hidden, down, down_bias, ids, mixing, residual, limit=7.0)
-    gemv_twin.moe_down(hidden, down, down_bias, ids, mixing, twin_residual, limit=7.0)
+    moe_gemv.moe_down(hidden, down, down_bias, ids, mixing, residual)
+    gemv_twin.moe_down(hidden, down, down_bias, ids, mixing, twin_residual)
     assert_close(residual, twin_residual, "moe_gemv_mxfp4")
 
 
@@ -99,7 +102,7 @@ def one_code_a_row(codes, columns, column):
 
 def exact_weights():
     """(name, weight): one code in one column of each row; scales that bf16 holds exactly."""
-    codes = e4m3_codes()
+    codes = torch.cat((e4m3_codes(), torch.tensor([8, 9], dtype=torch.uint8)))
     rows, columns = len(codes), 256
     found = []
     for column in (37, 229):
@@ -141,6 +144,7 @@ def test_every_code_and_scale_is_exact(device, monkeypatch):
         actual = moe_gemm.moe_gemm_down(hidden.to(dtype), weight, bias, routing)[0].cpu()
         assert torch.equal(actual[fits], expected[fits]), name
         out = torch.zeros(rows, device=device)
-        packed = pack_vector(hidden * activation_scale(7.0))
-        moe_gemv.moe_down(packed, weight, bias, ids, one, out, limit=7.0)
+        packed = packed_vectors(weight.format, 1, columns, device)
+        store_vector(packed, 0, hidden[0], 2.0**-10)
+        moe_gemv.moe_down(packed, weight, bias, ids, one, out)
         assert torch.equal(out.cpu()[fits], expected[fits]), name
