@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
+from kernels.gemv_blocks import gemv_blocks
 from quant.formats import FP8_ROW
 from quant.tensor import QuantTensor
 
@@ -32,6 +33,8 @@ TILES = {
     1: (Tile(8, 1024, 4), Tile(4, 512, 1)),
     4: (Tile(2, 1024, 4), Tile(8, 1024, 4)),
 }
+# That a warp may ask for before the wait, 96 registers of a thread: longer rows are taken by fewer.
+_BYTES_OF_WARP = 12288
 
 
 # A program computes BLOCK_N rows over all columns; grid: N / BLOCK_N.
@@ -112,7 +115,8 @@ def gemv(
     """out = weight @ rms_norm(x) + bias, or added to out; norm and bias may be absent.
 
     x:       [K] fp32
-    weight:  [N, K] bf16 (any float dtype), rows contiguous; or FP8_ROW
+    weight:  [N, K] bf16 (any float dtype), rows contiguous; or FP8_ROW; or in FP8 blocks of
+             128x128 (kernels/gemv_blocks.py), then without bias
     out:     [N] fp32, written (or added to if add)
     norm:    [K] weight of the RMS norm in front, with eps
     bias:    [N]
@@ -121,10 +125,25 @@ def gemv(
 
     Reads the bytes of weight once, which sets its time.
     """
+    if isinstance(weight, QuantTensor) and weight.format is not FP8_ROW:
+        assert bias is None
+        return gemv_blocks(
+            x,
+            weight,
+            out,
+            norm=norm,
+            eps=eps,
+            add=add,
+            start_next_first=start_next_first,
+            trace=trace,
+        )
     values, scale = dense_parts(weight)
     rows, columns = values.shape
     tile = TILES[values.element_size()][rows >= MANY_ROWS]
-    _gemv_kernel[(triton.cdiv(rows, tile.block_n),)](
+    block_n = tile.block_n
+    while block_n > 1 and block_n * values[0].nbytes > tile.num_warps * _BYTES_OF_WARP:
+        block_n //= 2
+    _gemv_kernel[(triton.cdiv(rows, block_n),)](
         x,
         norm if norm is not None else x,
         values,
@@ -139,7 +158,7 @@ def gemv(
         HAS_SCALE=scale is not None,
         HAS_BIAS=bias is not None,
         ADD=add,
-        BLOCK_N=tile.block_n,
+        BLOCK_N=block_n,
         BLOCK_K=min(tile.block_k, triton.next_power_of_2(columns)),
         START_NEXT_FIRST=start_next_first,
         num_warps=tile.num_warps,

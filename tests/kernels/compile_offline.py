@@ -51,7 +51,8 @@ from quant.tensor import QuantTensor
 META = torch.device("meta")
 TYPES = {
     torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int64: "i64",
-    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.float8_e4m3fn: "fp8e4nv", torch.int8: "i8",
+    torch.int32: "i32", torch.int16: "i16", torch.uint8: "u8", torch.int8: "i8",
+    torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
 
 

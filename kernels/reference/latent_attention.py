@@ -1,0 +1,45 @@
+"""Plain-torch twins of kernels/latent_attention.py, in fp32.
+
+T tokens, H heads, L latent width, P rotary width, U value width of a head.
+"""
+
+import torch
+from torch import Tensor
+
+
+def latent_attention_decode(
+    query: Tensor,
+    cache: Tensor,
+    position: Tensor,
+    projection: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    acc: Tensor,
+    stats: Tensor,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and results as the kernels; the scratch is not used."""
+    latents = query.new_empty((1, len(query), projection.shape[2]), dtype=torch.float32)
+    rows = None if chosen is None else chosen[None]
+    latent_attention_prefill(query[None], cache, position, latents, scale=scale, chosen=rows)
+    for_values = projection[:, projection.shape[1] - out.shape[1] :].float()
+    return out.copy_(torch.einsum("hl,hul->hu", latents[0], for_values))
+
+
+def latent_attention_prefill(
+    query: Tensor,
+    cache: Tensor,
+    position: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    chosen: Tensor | None = None,
+) -> Tensor:
+    """Same arguments and results as the kernel, one token after the other."""
+    for t, q in enumerate(query.float()):
+        length = int(position) + t + 1
+        rows = cache[:length] if chosen is None else cache[chosen[t, :length].long()]
+        weights = (scale * q @ rows.float().T).softmax(dim=-1)
+        out[t] = (weights @ rows[:, : out.shape[2]].float()).to(out.dtype)
+    return out

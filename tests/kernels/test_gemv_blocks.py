@@ -1,0 +1,28 @@
+"""Dense projections in FP8 blocks against the twin of kernels/gemv.py, in the interpreter."""
+
+import pytest
+import torch
+
+from kernels.gemv import gemv
+from kernels.reference import gemv as twin
+from quant.codecs import encode
+from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs the interpreter; tests/gpu covers machines with a GPU"
+)
+
+
+@pytest.mark.parametrize("format", [FP8_BLOCK128, FP8_BLOCK128_E8M0], ids=lambda f: f.name)
+@pytest.mark.parametrize(("rows", "columns"), [(300, 160), (129, 1168), (64, 48)])
+def test_against_the_twin(rows, columns, format):
+    g = torch.Generator().manual_seed(rows)
+    x, norm = torch.randn(columns, generator=g), torch.randn(columns, generator=g)
+    # Blocks of different sizes, so that a wrong scale shows.
+    sizes = torch.rand(rows, 1, generator=g) * torch.rand(1, columns, generator=g)
+    weight = encode(torch.randn(rows, columns, generator=g) * sizes, format)
+    start = torch.randn(rows, generator=g)
+    for options in ({}, {"norm": norm, "eps": 1e-5}, {"add": True}):
+        ours, expected = (run(x, weight, start.clone(), **options) for run in (gemv, twin.gemv))
+        assert_close(ours, expected, "gemv")

@@ -1,0 +1,89 @@
+"""DeepSeek's router against its twin, in the interpreter."""
+
+import pytest
+import torch
+
+from kernels import grouped_router as kernel
+from kernels.packed_vector import packed_vectors, unpack_vectors
+from kernels.reference import grouped_router as twin
+from moe_runtime.layers.routing import choose_experts, limit_groups
+from quant.formats import FP8_BLOCK128, MXFP4
+from tests.tolerances import assert_close
+
+pytestmark = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="needs the interpreter; tests/gpu covers machines with a GPU"
+)
+KINDS = {
+    "v3": {"sigmoid": True, "num_groups": 4, "num_limited": 2, "normalized": True, "scale": 2.5},
+    "k2": {"sigmoid": True, "num_groups": 1, "num_limited": 1, "normalized": True, "scale": 2.8},
+    "v2": {"sigmoid": False, "num_groups": 5, "num_limited": 2, "normalized": False, "scale": 16.0},
+    "lite": {
+        "sigmoid": False,
+        "num_groups": 1,
+        "num_limited": 1,
+        "normalized": False,
+        "scale": 1.0,
+    },
+}
+
+
+def route(
+    module, kind, format=FP8_BLOCK128, *, seed=0, ties=False, bias=True, experts=20, width=160
+):
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(width, generator=g)
+    norm = 1 + 0.1 * torch.randn(width, generator=g)
+    router = torch.randn(experts, width, generator=g) * 0.2
+    if ties:
+        router[1:] = router[0]
+    biases = 0.3 * torch.randn(experts, generator=g) - 1.5 if bias else None
+    logits, ticket = torch.zeros(experts), torch.zeros(1, dtype=torch.int32)
+    ids, weights = torch.full((4,), -1, dtype=torch.int32), torch.zeros(4)
+    packed = packed_vectors(format, 1, width, torch.device("cpu"))
+    module.grouped_router(
+        x, norm, router, biases, eps=1e-6, **KINDS[kind], logits=logits, ticket=ticket,
+        expert_ids=ids, expert_weights=weights, packed=packed,
+    )  # fmt: skip
+    assert int(ticket) == 0
+    return ids, weights, logits, unpack_vectors(packed)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_twin(kind, seed):
+    bias = kind in ("v3", "k2")
+    ours, expected = (route(m, kind, seed=seed, bias=bias) for m in (kernel, twin))
+    assert ours[0].tolist() == expected[0].tolist()
+    assert_close(ours[1], expected[1], "router")
+    assert_close(ours[2], expected[2], "router")
+    assert_close(ours[3], expected[3], "packed_fp16")
+
+
+def test_equal_scores_take_the_lower_id():
+    assert route(kernel, "v2", ties=True, bias=False)[0].tolist() == [0, 1, 2, 3]
+
+
+def test_the_vector_in_digits():
+    ours, expected = (route(m, "v3", MXFP4)[3] for m in (kernel, twin))
+    assert_close(ours, expected, "packed_fp16")
+
+
+def test_norm_and_pack():
+    g = torch.Generator().manual_seed(1)
+    x, norm = torch.randn(96, generator=g), torch.randn(96, generator=g)
+    found = []
+    for module in (kernel, twin):
+        packed = packed_vectors(FP8_BLOCK128, 1, 96, torch.device("cpu"))
+        found.append(unpack_vectors(module.norm_and_pack(x, norm, packed, eps=1e-6)))
+    assert_close(*found, "packed_fp16")
+
+
+def test_the_choice_for_many_tokens_is_that_of_the_reference_model():
+    logits = torch.randn(40, 20, generator=torch.Generator().manual_seed(3))
+    bias = torch.randn(20, generator=torch.Generator().manual_seed(4)) - 2
+    ids, weights = twin.choose(logits, bias, **KINDS["v3"], experts_per_token=4)
+    scores = logits.sigmoid()
+    limited = limit_groups(scores + bias, num_groups=4, num_limited=2, best_of_group=2)
+    assert torch.equal(ids, choose_experts(limited, 4))
+    chosen = scores.gather(1, ids)
+    assert_close(weights, 2.5 * chosen / chosen.sum(1, keepdim=True), "router")
