@@ -17,7 +17,8 @@ from typing import Any
 import triton
 from triton.runtime.jit import JITFunction
 
-_INTERPRETED = triton.knobs.runtime.interpret
+# Triton 3.4 has no such mode, the interpreter has nothing to compile.
+_CAN = hasattr(triton, "AsyncCompileMode") and not triton.knobs.runtime.interpret
 
 
 class Asked:
@@ -32,11 +33,11 @@ def compile_ahead() -> Iterator[Asked]:
     """Inside, launches by this thread compile their kernels and run nothing.
 
     Tensors must lie on the device that is current; what kernels would write stays as it was. At the
-    end everything is compiled. Raises what the compiler raises. In the interpreter, which has
-    nothing to compile, launches run.
+    end everything is compiled. Raises what the compiler raises. In the interpreter, and before
+    Triton 3.5, launches run.
     """
     asked = Asked()
-    if _INTERPRETED:
+    if not _CAN:
         yield asked
         return
     caller = threading.get_ident()

@@ -37,13 +37,18 @@ def packed_names(plan: LoadPlan, family: str, dense_format: str) -> frozenset[st
         raise ValueError(f"dense_format must be {known}, got {dense_format!r}")
     if DENSE_FORMATS[dense_format] is None:
         return frozenset()
-    if family not in _PACKED:
+    if not packs(family):
         raise UnsupportedModelError(
             f"dense_format={dense_format!r} is not there for {family} models",
             hint=f"supported: {', '.join(_PACKED)}; leave out dense_format (--dense-format)",
         )
     names = _PACKED[family]
     return frozenset(w.name for w in plan.weights if not w.format and names.fullmatch(w.name))
+
+
+def packs(family: str) -> bool:
+    """Whether dense weights of a family can be packed."""
+    return family in _PACKED
 
 
 def bytes_as_loaded(plan: LoadPlan, packed: Collection[str]) -> dict[str, int]:

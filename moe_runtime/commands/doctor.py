@@ -10,17 +10,27 @@ from collections.abc import Callable
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from moe_runtime import __version__
-from moe_runtime.commands.common import json_option, print_json, verb
+from moe_runtime.commands.common import (
+    device_option,
+    json_option,
+    print_json,
+    revision_option,
+    verb,
+)
+from moe_runtime.commands.headers import open_headers
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.host_memory import free_host_bytes
 from moe_runtime.plan import fit
 from moe_runtime.published import PUBLISHED, PublishedModel
 from moe_runtime.support import SUPPORTED
+
+if TYPE_CHECKING:
+    from moe_runtime.warm_up import WarmUp
 
 PACKAGES = ("torch", "triton", "huggingface_hub", "safetensors", "tokenizers", "numpy")
 
@@ -30,20 +40,84 @@ PACKAGES = ("torch", "triton", "huggingface_hub", "safetensors", "tokenizers", "
     examples="""
     moe-runtime doctor
     moe-runtime doctor --json > doctor.json
+    moe-runtime doctor --warm-up
+    moe-runtime doctor --warm-up openai/gpt-oss-120b
     """,
 )
+@click.argument("model", metavar="[MODEL]", required=False)
+@click.option("--warm-up", "warms_up", is_flag=True,
+              help="Compile the kernels of MODEL, or of the published models, ahead.")  # fmt: skip
+@click.option("--max-context", type=click.IntRange(min=1), metavar="N",
+              help="With --warm-up: as the model will be opened with.")  # fmt: skip
+@revision_option
+@device_option
 @json_option
-def command(as_json: bool) -> None:
+def command(
+    model: str | None,
+    warms_up: bool,
+    max_context: int | None,
+    revision: str | None,
+    device: str,
+    as_json: bool,
+) -> None:
     """Show what this machine has and what runs on it, and why the rest does not.
 
     Measures how fast memory is read, which bounds tokens a second. Nothing is sent anywhere and
     no secret is shown: the output can be pasted into an issue.
+
+    With --warm-up it compiles kernels for this GPU instead, on all processors, into Triton's
+    cache, so that opening a model finds them there.
     """
+    if warms_up:
+        _warm_up(model, revision, device, max_context, as_json)
+        return
+    if model or max_context or revision:
+        raise click.UsageError("MODEL, --revision and --max-context need --warm-up")
     report = {name: _attempt(probe) for name, probe in PROBES.items()}
     if as_json:
         print_json(report)
     else:
         click.echo("\n".join(line for name in report for line in _section(name, report[name])))
+
+
+def _warm_up(
+    model: str | None, revision: str | None, device: str, max_context: int | None, as_json: bool
+) -> None:
+    """Compile ahead, with a line for each model and dense format as soon as it is done."""
+    # Slow imports: torch and triton.
+    import torch
+
+    from moe_runtime.backends import parse_device
+    from moe_runtime.warm_up import known_models, model_of, warm_up
+
+    if not torch.cuda.is_available():
+        raise click.ClickException("kernels are compiled for a GPU: torch sees none here")
+    target = parse_device("cuda" if device == "auto" else device)
+    if target.type != "cuda":
+        raise click.UsageError(f"--warm-up compiles for a GPU, got --device {device}")
+    if model is None:
+        models = known_models()
+    else:
+        with open_headers(model, revision) as checkpoint:
+            models = [model_of(model, checkpoint)]
+    found = []
+    with torch.cuda.device(target):
+        for one in models:
+            for done in warm_up(one, target, max_context=max_context):
+                found.append(asdict(done))
+                if not as_json:
+                    click.echo(describe_warm_up(done))
+    if as_json:
+        print_json(found)
+
+
+def describe_warm_up(done: WarmUp) -> str:
+    """One line."""
+    what = f"{done.model}, dense {done.dense_format}"
+    if done.why_not:
+        return f"{what}: left out: {done.why_not}"
+    made = f"{done.kernels} kernels in {done.seconds:.1f} s"
+    return f"{what}, context of {done.max_context} tokens: {made}"
 
 
 def probe_versions() -> dict[str, str]:

@@ -77,7 +77,7 @@ def test_verb_help_teaches_by_example():
     [
         (["talk"], "No such command 'talk'", "moe-runtime --help"),
         (["doctor", "--jsn"], "No such option", "moe-runtime doctor --help"),
-        (["doctor", "extra"], "unexpected extra argument", "moe-runtime doctor --help"),
+        (["doctor", "demo", "extra"], "unexpected extra argument", "moe-runtime doctor --help"),
         (["--device", "cpu"], "No such option", "moe-runtime --help"),
     ],
 )

@@ -5,11 +5,14 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
+from moe_runtime import cli, warm_up
 from moe_runtime.commands import doctor
 from moe_runtime.published import PUBLISHED
 from moe_runtime.support import SUPPORTED, Support
+from quant.formats import MXFP4
 
 SECRET = "hf_" + "secret" * 6
 
@@ -110,3 +113,39 @@ def test_why_not(capabilities, triton_problem, reason):
 def test_the_reference_runs_everywhere():
     rows = [row for row in SUPPORTED if row.backend == "reference"]
     assert rows and all(row.why_not([], "triton is not installed") is None for row in rows)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_warm_up_needs_a_gpu(capsys):
+    assert cli.run(["doctor", "--warm-up"]) == 1
+    assert "kernels are compiled for a GPU: torch sees none here" in capsys.readouterr().err
+    assert cli.run(["doctor", "demo"]) == 2
+    assert "need --warm-up" in capsys.readouterr().err
+
+
+def test_warm_up_compiles_for_what_would_be_opened(monkeypatch):
+    """Every model in both dense formats, with the context that fits; what does not is named."""
+    compiled = []
+
+    def compile_kernels(config, max_context, device, formats, dense_format):
+        name = f"{config.num_layers} layers"
+        compiled.append((name, max_context, formats, dense_format and dense_format.name))
+        return 7
+
+    free = 20 * 10**9
+    monkeypatch.setattr(warm_up, "compile_kernels", compile_kernels)
+    monkeypatch.setattr(warm_up, "knows_fp8", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    small, large, demo = warm_up.known_models()
+    done = list(warm_up.warm_up(small, torch.device("cuda")))
+    mxfp4 = ((MXFP4, MXFP4),)
+    assert compiled == [
+        ("24 layers", 131072, mxfp4, None), ("24 layers", 131072, mxfp4, "fp8_row"),
+    ]  # fmt: skip
+    line = doctor.describe_warm_up(done[1])
+    assert line.startswith("openai/gpt-oss-20b, dense fp8, context of 131072 tokens: 7 kernels in")
+    (left_out,) = warm_up.warm_up(large, torch.device("cuda"))
+    assert "needs 7" in left_out.why_not and "left out" in doctor.describe_warm_up(left_out)
+    (*_, last) = warm_up.warm_up(demo, torch.device("cuda"), max_context=300)
+    assert last.max_context == 300 and compiled[-1][2] == mxfp4
