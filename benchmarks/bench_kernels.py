@@ -45,7 +45,7 @@ D = F = 2880
 H, G, C, K, W = 64, 8, 64, 4, 128
 EXPERTS = {"20b": 32, "120b": 128}
 CONTEXT = 16384
-SWIGLU = {"limit": 7.0, "alpha": 1.702}
+ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
 
 MoeTile = moe_gemm.Tile
 # Candidates by pairs in a block; the first of each is tried at every length.
@@ -137,13 +137,12 @@ def bench_decode_experts(layers: list[Layer], experts: int) -> list[Row]:
     store_vector(packed, 0, torch.randn(D, device=DEVICE), 2.0**-12)
     ids = torch.randperm(experts, device=DEVICE)[:K].to(torch.int32)
     weights = torch.rand(K, device=DEVICE)
-    unscale = 1 / activation_scale(SWIGLU["limit"])
+    unscale = 1 / activation_scale(ACTIVATION.limit)
     hidden = packed_vectors(formats[1], K, F, DEVICE, unscale)
-    activation = Swiglu(**SWIGLU, offset=1.0, alternating=True)
     residual = torch.zeros(D, device=DEVICE)
 
     def gate_up(layer: Layer, module=moe_gemv, checked: bool = False) -> Tensor:
-        module.moe_gate_up(packed, layer.gate_up, layer.gate_up_bias, ids, hidden, activation)
+        module.moe_gate_up(packed, layer.gate_up, layer.gate_up_bias, ids, hidden, ACTIVATION)
         return unpack_vectors(hidden) if checked else hidden.values
 
     def down(layer: Layer, module=moe_gemv, checked: bool = False) -> Tensor:
@@ -188,7 +187,7 @@ def bench_moe(layers: list[Layer], experts: int, tokens: int, all_tiles: bool) -
 
 def moe_expected(x: Tensor, layer: Layer, routing: Routing) -> tuple[Tensor, Tensor]:
     """What the twins say of both halves."""
-    hidden = moe_twin.moe_gemm_gate_up(x, layer.gate_up, layer.gate_up_bias, routing, **SWIGLU)
+    hidden = moe_twin.moe_gemm_gate_up(x, layer.gate_up, layer.gate_up_bias, routing, ACTIVATION)
     return hidden, moe_twin.moe_gemm_down(hidden, layer.down, layer.down_bias, routing)
 
 
@@ -206,7 +205,7 @@ def moe_rows(
     moe_gemm.TILES[block] = tile
 
     def gate_up(layer: Layer) -> Tensor:
-        return moe_gemm.moe_gemm_gate_up(x, layer.gate_up, layer.gate_up_bias, routing, **SWIGLU)
+        return moe_gemm.moe_gemm_gate_up(x, layer.gate_up, layer.gate_up_bias, routing, ACTIVATION)
 
     def down(layer: Layer) -> Tensor:
         return moe_gemm.moe_gemm_down(hidden, layer.down, layer.down_bias, routing)

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_routing import Routing
+from kernels.swiglu import Swiglu, swiglu
 from kernels.weight_formats import (
     as_words,
     codes_of,
@@ -57,7 +58,7 @@ def _moe_gemm_kernel(
     weights_ptr,  # [E, N, K / 8] words of codes, or [E, N, K] bf16
     scales_ptr,  # [E, N / SCALE_ROWS, K / SCALE_COLUMNS], or None
     tensor_scale_ptr,  # [] fp32, or None
-    bias_ptr,  # [E, N]
+    bias_ptr,  # [E, N] or None
     block_expert_ptr,  # [B] int32
     block_rows_ptr,  # [B, BLOCK_M] int32: pairs
     expert_weights_ptr,  # [pairs] fp32, read unless SWIGLU
@@ -73,8 +74,11 @@ def _moe_gemm_kernel(
     SCALE_COLUMNS: tl.constexpr,
     SCALES_PER_EXPERT: tl.constexpr,
     SWIGLU: tl.constexpr,
+    GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
+    TO_UP: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -90,6 +94,8 @@ def _moe_gemm_kernel(
         working = pair < pairs
         x_row = (pair // PAIRS_PER_ROW).to(tl.int64)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if SWIGLU:  # gate and up in turn; none for activations that there are not
+            n = tl.where(n < N, n // 2 * GATE_STEP + n % 2 * TO_UP, N)
         row = expert * N + n
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
@@ -135,12 +141,11 @@ def _moe_gemm_kernel(
             acc *= decode_scale(scale, SCALES)[None, :]
         if tensor_scale_ptr is not None:
             acc *= tl.load(tensor_scale_ptr)
-        acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        if bias_ptr is not None:
+            acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if SWIGLU:
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-            gate = tl.minimum(gate, LIMIT)
-            up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-            hidden = gate / (1.0 + tl.exp(-ALPHA * gate)) * (up + 1.0)
+            hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
             f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             out = out_ptr + pair.to(tl.int64)[:, None] * (N // 2) + f[None, :]
             inside = working[:, None] & (f < N // 2)[None, :]
@@ -176,19 +181,18 @@ def rows_per_block(tokens: int, experts_per_token: int, num_experts: int) -> int
 def moe_gemm_gate_up(
     x_TD: Tensor,
     gate_up: QuantTensor,
-    bias: Tensor,
+    bias: Tensor | None,
     routing: Routing,
-    *,
-    limit: float,
-    alpha: float,
+    activation: Swiglu,
 ) -> Tensor:
-    """First half of the routed experts for T tokens: gate_up and the clamped SwiGLU.
+    """First half of the routed experts for T tokens: gate_up and the gated activation.
 
-    x_TD:     [T, D] normed tokens
-    gate_up:  [E, 2F, D] in any format; rows alternate gate, up
-    bias:     [E, 2F]
-    routing:  of these tokens
-    returns   [T * K, F] of x's dtype, row token * K + slot
+    x_TD:        [T, D] normed tokens
+    gate_up:     [E, 2F, D] in any format
+    bias:        [E, 2F] or None
+    routing:     of these tokens
+    activation:  also says how gate and up rows stand
+    returns      [T * K, F] of x's dtype, row token * K + slot
 
     4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
     """
@@ -196,22 +200,24 @@ def moe_gemm_gate_up(
     rows = gate_up.shape[1]
     top_k = routing.expert_weights.shape[1]
     out = torch.empty((tokens * top_k, rows // 2), dtype=x_TD.dtype, device=x_TD.device)
-    _launch(x_TD, gate_up, bias, routing, out, top_k, swiglu=True, limit=limit, alpha=alpha)
+    _launch(x_TD, gate_up, bias, routing, out, top_k, activation)
     return out
 
 
-def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
+def moe_gemm_down(
+    hidden: Tensor, down: QuantTensor, bias: Tensor | None, routing: Routing
+) -> Tensor:
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
     hidden:   [T * K, F] of moe_gemm_gate_up
     down:     [E, D, F] in any format
-    bias:     [E, D]
+    bias:     [E, D] or None
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
 
     2 * T * K * F * D operations set its time.
     """
     out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32, device=hidden.device)
-    _launch(hidden, down, bias, routing, out, 1, swiglu=False, limit=0.0, alpha=0.0)
+    _launch(hidden, down, bias, routing, out, 1, None)
     return out
 
 
@@ -234,16 +240,15 @@ def add_expert_outputs(outputs: Tensor, residual_TD: Tensor) -> Tensor:
 def _launch(
     x: Tensor,
     weight: QuantTensor,
-    bias: Tensor,
+    bias: Tensor | None,
     routing: Routing,
     out: Tensor,
     pairs_per_row: int,
-    *,
-    swiglu: bool,
-    limit: float,
-    alpha: float,
+    activation: Swiglu | None,
 ) -> None:
     experts, rows, columns = weight.shape
+    gated = activation or Swiglu()
+    step, to_up = gated.rows(rows // 2)
     blocks, block_m = routing.block_rows.shape
     tile = TILES[block_m]
     codes = codes_of(weight.format).name
@@ -269,9 +274,12 @@ def _launch(
         SCALE_ROWS=scale_rows,
         SCALE_COLUMNS=scale_columns,
         SCALES_PER_EXPERT=0 if weight.scales is None else weight.scales[0].numel(),
-        SWIGLU=swiglu,
-        LIMIT=limit,
-        ALPHA=alpha,
+        SWIGLU=activation is not None,
+        GATE_STEP=step,
+        TO_UP=to_up,
+        LIMIT=gated.limit,
+        ALPHA=gated.alpha,
+        OFFSET=gated.offset,
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,

@@ -156,26 +156,59 @@ def route_tokens(logits_TE: Tensor, experts_per_token: int, block_rows: int) -> 
     weights = torch.empty((tokens, experts_per_token), device=logits_TE.device)
     ids, counts = int32(tokens, experts_per_token), int32(programs, experts)
     block_expert, rows = int32(blocks), int32(blocks, block_rows)
-    sizes = {
+    sizes = _sizes(experts, experts_per_token)
+    _choose_kernel[(programs,)](
+        logits_TE, weights, ids, counts, rows, tokens, rows.numel(), **sizes, FILL=1024
+    )
+    _place(ids, counts, block_expert, rows, sizes)
+    return Routing(weights, block_expert, rows)
+
+
+def route_chosen(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, block_rows: int) -> Routing:
+    """Group the pairs of tokens whose experts are already chosen; see route_tokens.
+
+    ids_TK:      [T, K] int32, different ones for each token
+    weights_TK:  [T, K] fp32
+
+    Bound by latency: five launches.
+    """
+    tokens, experts_per_token = ids_TK.shape
+    device = ids_TK.device
+    blocks = most_blocks(tokens * experts_per_token, num_experts, block_rows)
+    programs = triton.cdiv(tokens, TOKENS_PER_PROGRAM)
+    counts = torch.zeros((programs, num_experts), dtype=torch.int32, device=device)
+    program_T1 = (torch.arange(tokens, device=device) // TOKENS_PER_PROGRAM)[:, None]
+    places = (program_T1 * num_experts + ids_TK).flatten()
+    counts.view(-1).scatter_add_(0, places, torch.ones_like(places, dtype=torch.int32))
+    block_expert = torch.empty(blocks, dtype=torch.int32, device=device)
+    rows = torch.full(
+        (blocks, block_rows), tokens * experts_per_token, dtype=torch.int32, device=device
+    )
+    _place(ids_TK, counts, block_expert, rows, _sizes(num_experts, experts_per_token))
+    return Routing(weights_TK, block_expert, rows)
+
+
+def _sizes(experts: int, experts_per_token: int) -> dict[str, int]:
+    return {
         "E": experts,
         "K": experts_per_token,
         "BLOCK_T": TOKENS_PER_PROGRAM,
         "BLOCK_E": triton.next_power_of_2(experts),
         "BLOCK_K": triton.next_power_of_2(experts_per_token),
     }
-    _choose_kernel[(programs,)](
-        logits_TE, weights, ids, counts, rows, tokens, rows.numel(), **sizes, FILL=1024
-    )
-    _place_kernel[(programs,)](
-        ids,
+
+
+def _place(
+    ids_TK: Tensor, counts: Tensor, block_expert: Tensor, rows: Tensor, sizes: dict[str, int]
+) -> None:
+    _place_kernel[(len(counts),)](
+        ids_TK,
         counts,
         block_expert,
         rows,
-        tokens,
-        blocks,
-        block_rows,
+        len(ids_TK),
+        *rows.shape,
         **sizes,
         BLOCK_P=16,
         BLOCK_B=16,
     )
-    return Routing(weights, block_expert, rows)

@@ -27,6 +27,7 @@ from kernels.moe_routing import route_tokens
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv import rope_and_cache
 from kernels.sink_attention_prefill import rows_per_program, sink_attention_prefill
+from kernels.swiglu import Swiglu
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import LayerWeights, ModelWeights
@@ -128,8 +129,7 @@ class Prefill:
             w.gate_up,
             w.gate_up_bias,
             routing,
-            limit=c.swiglu_limit,
-            alpha=c.swiglu_alpha,
+            Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True),
         )
         pairs = moe_gemm_down(hidden, w.down, w.down_bias, routing)
         add_expert_outputs(pairs, x_TD)

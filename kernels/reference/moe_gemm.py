@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.moe_routing import Routing
+from kernels.reference.swiglu import apply_swiglu
+from kernels.swiglu import Swiglu
 from quant.codecs import decode
 from quant.tensor import QuantTensor
 
@@ -14,11 +16,9 @@ from quant.tensor import QuantTensor
 def moe_gemm_gate_up(
     x_TD: Tensor,
     gate_up: QuantTensor,
-    bias: Tensor,
+    bias: Tensor | None,
     routing: Routing,
-    *,
-    limit: float,
-    alpha: float,
+    activation: Swiglu,
 ) -> Tensor:
     """Same arguments and result as the kernel, in fp32, cast at the end."""
     top_k = routing.expert_weights.shape[1]
@@ -26,20 +26,23 @@ def moe_gemm_gate_up(
     out = x_TD.new_empty((len(pair_expert), gate_up.shape[1] // 2))
     for expert in pair_expert.unique().tolist():
         pairs = (pair_expert == expert).nonzero()[:, 0]
-        y = x_TD[pairs // top_k].float() @ decode(gate_up[expert]).T + bias[expert].float()
-        gate, up = y[:, 0::2].clamp(max=limit), y[:, 1::2].clamp(-limit, limit)
-        out[pairs] = (gate * torch.sigmoid(alpha * gate) * (up + 1)).to(out.dtype)
+        y = x_TD[pairs // top_k].float() @ decode(gate_up[expert]).T
+        y += 0.0 if bias is None else bias[expert].float()
+        out[pairs] = apply_swiglu(y, activation).to(out.dtype)
     return out
 
 
-def moe_gemm_down(hidden: Tensor, down: QuantTensor, bias: Tensor, routing: Routing) -> Tensor:
+def moe_gemm_down(
+    hidden: Tensor, down: QuantTensor, bias: Tensor | None, routing: Routing
+) -> Tensor:
     """Same arguments and result as the kernel, in fp32."""
     pair_expert = _pair_expert(routing)
     hidden = hidden.float()
     out = torch.empty((len(hidden), down.shape[1]), device=hidden.device)
     for expert in pair_expert.unique().tolist():
         pairs = (pair_expert == expert).nonzero()[:, 0]
-        y = hidden[pairs] @ decode(down[expert]).T + bias[expert].float()
+        y = hidden[pairs] @ decode(down[expert]).T
+        y += 0.0 if bias is None else bias[expert].float()
         out[pairs] = routing.expert_weights.flatten()[pairs, None] * y
     return out
 

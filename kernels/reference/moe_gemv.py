@@ -3,10 +3,10 @@
 D model width, F expert width, K experts per token.
 """
 
-import torch
 from torch import Tensor
 
 from kernels.packed_vector import PackedVectors, activation_scale, store_vector, unpack_vectors
+from kernels.reference.swiglu import apply_swiglu
 from kernels.swiglu import Swiglu
 from quant.codecs import decode
 from quant.tensor import QuantTensor
@@ -26,11 +26,7 @@ def moe_gate_up(
         y = decode(gate_up[expert]) @ vector
         if bias is not None:
             y += bias[expert].float()
-        gate, up = (y[0::2], y[1::2]) if activation.alternating else y.chunk(2)
-        if activation.limit is not None:
-            gate = gate.clamp(max=activation.limit)
-            up = up.clamp(-activation.limit, activation.limit)
-        hidden = gate * torch.sigmoid(activation.alpha * gate) * (up + activation.offset)
+        hidden = apply_swiglu(y, activation)
         store_vector(out, slot, hidden, 1.0 / activation_scale(activation.limit))
     return out
 

@@ -11,12 +11,16 @@ from kernels.moe_routing import Routing, most_blocks
 
 def route_tokens(logits_TE: Tensor, experts_per_token: int, block_rows: int) -> Routing:
     """Same arguments and result as the kernels."""
-    tokens, experts = logits_TE.shape
-    pairs = tokens * experts_per_token
-    device = logits_TE.device
     ordered = logits_TE.sort(dim=-1, descending=True, stable=True)
     weights_TK = ordered.values[:, :experts_per_token].softmax(-1)
-    pair_expert = ordered.indices[:, :experts_per_token].flatten()
+    ids_TK = ordered.indices[:, :experts_per_token].to(torch.int32)
+    return route_chosen(ids_TK, weights_TK, logits_TE.shape[1], block_rows)
+
+
+def route_chosen(ids_TK: Tensor, weights_TK: Tensor, num_experts: int, block_rows: int) -> Routing:
+    """Same arguments and result as the kernel."""
+    pairs, experts, device = ids_TK.numel(), num_experts, ids_TK.device
+    pair_expert = ids_TK.flatten().long()
     order = pair_expert.sort(stable=True)
     counts_E = (pair_expert[:, None] == torch.arange(experts, device=device)).sum(0)
     blocks_E = (counts_E + block_rows - 1) // block_rows

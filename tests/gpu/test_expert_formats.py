@@ -22,8 +22,7 @@ from tests.tolerances import assert_close
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 EXPERTS, TOP_K, WIDTH = 6, 4, 2880  # the width of gpt-oss, model and experts
-SWIGLU = {"limit": 7.0, "alpha": 1.702}
-ACTIVATION = Swiglu(**SWIGLU, offset=1.0, alternating=True)
+ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -66,8 +65,8 @@ def test_many_tokens_at_full_width(layer, block_rows):
     gate_up, gate_up_bias, down, down_bias = layer
     x = torch.randn(150, WIDTH, device="cuda").bfloat16()
     routing = route_tokens(torch.randn(150, EXPERTS, device="cuda"), TOP_K, block_rows)
-    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
-    expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
+    expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     assert_close(hidden, expected, "moe_gemm_mxfp4_bf16")
     outputs = moe_gemm.moe_gemm_down(expected, down, down_bias, routing)
     expected = gemm_twin.moe_gemm_down(expected, down, down_bias, routing)

@@ -138,7 +138,11 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
     for block_rows in moe_gemm.TILES if format is MXFP4 else [64]:
         routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
         hidden = moe_gemm.moe_gemm_gate_up(
-            empty(300, s.D), gate_up, empty(s.E, 2 * s.F), routing, limit=7.0, alpha=1.702
+            empty(300, s.D),
+            gate_up,
+            empty(s.E, 2 * s.F),
+            routing,
+            Swiglu(7.0, 1.702, 1.0, alternating=True),
         )
         outputs = moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
     moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))

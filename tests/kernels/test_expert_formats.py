@@ -18,8 +18,7 @@ from quant.tensor import QuantTensor
 from tests.tolerances import assert_close
 
 OTHERS = [name for name in FORMATS if name != "mxfp4"]
-SWIGLU = {"limit": 7.0, "alpha": 1.702}
-ACTIVATION = Swiglu(**SWIGLU, offset=1.0, alternating=True)
+ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
 # 352 columns: whole and partial blocks of 128, and steps past the end of a row.
 # 32 columns: one step is the whole row.
 EXPERTS, WIDTH, EXPERT_WIDTH, TOP_K = 4, 352, 32, 2
@@ -77,8 +76,8 @@ def test_many_tokens(layer, device):
     name = "moe_gemm_mxfp4" if device.type == "cpu" else "moe_gemm_mxfp4_bf16"
     x = torch.randn(11, WIDTH, device=device).to(dtype)
     routing = route_tokens(torch.randn(11, EXPERTS, device=device), TOP_K, 16)
-    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
-    expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
+    expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     assert_close(hidden, expected, name)
     outputs = moe_gemm.moe_gemm_down(expected, down, down_bias, routing)
     expected = gemm_twin.moe_gemm_down(expected, down, down_bias, routing)

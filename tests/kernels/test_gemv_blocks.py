@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from kernels.decode_blocks import decode_blocks
 from kernels.gemv import gemv
 from kernels.reference import gemv as twin
-from quant.codecs import encode
+from quant.codecs import decode, encode
 from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0
 from tests.tolerances import assert_close
 
@@ -26,3 +27,9 @@ def test_against_the_twin(rows, columns, format):
     for options in ({}, {"norm": norm, "eps": 1e-5}, {"add": True}):
         ours, expected = (run(x, weight, start.clone(), **options) for run in (gemv, twin.gemv))
         assert_close(ours, expected, "gemv")
+
+
+@pytest.mark.parametrize("format", [FP8_BLOCK128, FP8_BLOCK128_E8M0], ids=lambda f: f.name)
+def test_decoded_blocks_are_the_codecs(format):
+    weight = encode(torch.randn(200, 656, generator=torch.Generator().manual_seed(1)), format)
+    assert torch.equal(decode_blocks(weight, torch.empty(200, 656)), decode(weight))

@@ -1,18 +1,21 @@
 """The grouped MXFP4 expert GEMM against its twin, the twin against loops, every code exact."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels import moe_gemm as kernel
 from kernels.moe_routing import route_tokens
 from kernels.reference import moe_gemm as twin
+from kernels.swiglu import Swiglu
 from quant.codecs import decode
 from quant.formats import MXFP4
 from quant.tensor import QuantTensor
 from tests.tolerances import assert_close
 
 CODES = [0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]
-SWIGLU = {"limit": 7.0, "alpha": 1.702}
+ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +61,8 @@ def test_both_halves(device, tokens, experts, top_k, width, expert_width, block_
     logits = torch.randn(tokens, experts, device=device) * 2
     logits[:, -1] = -50.0 if experts > top_k else 0.0  # an expert that nobody chooses
     routing = route_tokens(logits, top_k, block_rows)
-    hidden = kernel.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
-    expected = twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    hidden = kernel.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
+    expected = twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     assert_close(hidden, expected, tolerance(device))
     outputs = kernel.moe_gemm_down(expected, down, down_bias, routing)
     expected = twin.moe_gemm_down(expected, down, down_bias, routing)
@@ -76,7 +79,7 @@ def test_twin_is_the_published_formula(device):
     x = torch.randn(tokens, width, device=device)
     logits = torch.randn(tokens, experts, device=device)
     routing = route_tokens(logits, top_k, 16)
-    hidden = twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, **SWIGLU)
+    hidden = twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     outputs = twin.moe_gemm_down(hidden, down, down_bias, routing)
     actual = twin.add_expert_outputs(outputs, torch.zeros(tokens, width, device=device))
     for t in range(tokens):
@@ -135,10 +138,10 @@ def test_planted_errors_of_one_percent_are_caught(device):
     x = torch.randn(tokens, width, device=device).to(working_dtype(device))
     routing = route_tokens(torch.randn(tokens, experts, device=device), top_k, 16)
     arguments = (gate_up, gate_up_bias, routing)
-    expected = twin.moe_gemm_gate_up(x, *arguments, **SWIGLU)
+    expected = twin.moe_gemm_gate_up(x, *arguments, ACTIVATION)
     for wrong in (
-        kernel.moe_gemm_gate_up(x * 1.01, *arguments, **SWIGLU),
-        kernel.moe_gemm_gate_up(x, *arguments, limit=7.0 * 1.01, alpha=1.702),
+        kernel.moe_gemm_gate_up(x * 1.01, *arguments, ACTIVATION),
+        kernel.moe_gemm_gate_up(x, *arguments, replace(ACTIVATION, limit=7.0 * 1.01)),
     ):
         with pytest.raises(AssertionError, match="relative RMS"):
             assert_close(wrong, expected, tolerance(device))
@@ -146,3 +149,18 @@ def test_planted_errors_of_one_percent_are_caught(device):
     expected = twin.moe_gemm_down(expected, down, down_bias, routing)
     with pytest.raises(AssertionError, match="relative RMS"):
         assert_close(outputs, expected, tolerance(device))
+
+
+def test_experts_without_bias_whose_gate_rows_come_first(device):
+    gate_up, _, down, _ = random_layer(device, 3, 64, 96)
+    x = torch.randn(20, 64, device=device).to(working_dtype(device))
+    routing = route_tokens(torch.randn(20, 3, device=device), 2, 16)
+    hidden = kernel.moe_gemm_gate_up(x, gate_up, None, routing, Swiglu())
+    expected = twin.moe_gemm_gate_up(x, gate_up, None, routing, Swiglu())
+    assert_close(hidden, expected, tolerance(device))
+    outputs = kernel.moe_gemm_down(expected, down, None, routing)
+    assert_close(outputs, twin.moe_gemm_down(expected, down, None, routing), tolerance(device))
+    # the twin against plain torch, for the first token
+    expert = int(routing.block_expert[(routing.block_rows == 0).any(1)][0])
+    gate, up = (decode(gate_up[expert]) @ x[0].float()).chunk(2)
+    assert_close(expected[0].float(), torch.nn.functional.silu(gate) * up, tolerance(device))

@@ -49,6 +49,18 @@ def test_routing(device, route_tokens, tokens, experts, top_k, block_rows):
     assert routing.block_rows.dtype == routing.block_expert.dtype == torch.int32
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(1, 4, 4), (37, 5, 2), (100, 64, 6)])
+def test_experts_chosen_elsewhere(device, tokens, experts, top_k):
+    g = torch.Generator().manual_seed(tokens)
+    ids = torch.stack([torch.randperm(experts, generator=g)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k, generator=g).to(device)
+    arguments = ids.to(device, torch.int32), weights, experts, 16
+    ours, expected = (m.route_chosen(*arguments) for m in (moe_routing, twin))
+    assert torch.equal(ours.block_expert, expected.block_expert)
+    assert torch.equal(ours.block_rows, expected.block_rows)
+    assert ours.expert_weights is weights
+
+
 @BOTH
 def test_ties_take_the_lower_id(device, route_tokens):
     logits = torch.tensor([[0.0, 1, 0, 1, 1, 0, 0, 1], [2.0] * 8], device=device)
