@@ -14,7 +14,7 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,9 @@ import torch
 from kernels.read_bandwidth import read_bandwidth
 from moe_runtime import __version__
 from moe_runtime.model import MoeModel
+from moe_runtime.roofline import Roofline, measure_roofline
 from moe_runtime.start_times import process_age_s
+from moe_runtime.timeline import timeline_svg
 from moe_runtime.triton_backend import TritonBackend
 
 RUNTIME = f"moe_runtime {__version__}"
@@ -133,8 +135,14 @@ def run_bench(
     repeats: int,
     max_context: int | None,
     on_step: Callable[[], None],
+    with_roofline: bool = False,
+    timeline: Path | None = None,
 ) -> BenchReport:
-    """Load a model and take every figure; on_step is called after each timed run."""
+    """Load a model and take every figure; on_step is called after each timed run.
+
+    with_roofline: where the time of a step goes too, at each context (a GPU alone)
+    timeline:      an SVG of the step at the first context
+    """
     longest = max(max(prompts) + 1, max(contexts) + SHORT_TOKENS + tokens)
     with MoeModel.from_pretrained(
         model_name,
@@ -148,16 +156,25 @@ def run_bench(
         for length in prompts:
             found.append(measure_first_token(model, length, repeats, on_step))
         bandwidth = read_bandwidth(model.device)
+        rooflines = []
         for context in contexts:
             decode = measure_decode(model, context, tokens, repeats, on_step)
             found += [*decode, *measure_step(model, context, tokens, repeats)]
             found.append(bandwidth_share(model, decode[0], bandwidth.gbps))
+            if with_roofline:
+                parts, trace = measure_roofline(model, context, bandwidth.gbps)
+                rooflines.append(parts)
+                if timeline and context == contexts[0]:
+                    title = f"{model_name}, {model.plan.format_label}, context {context}, "
+                    title += device_name(model.device)
+                    timeline.write_text(timeline_svg(trace, title), encoding="utf-8")
         return BenchReport(
             gpu=device_name(model.device),
             backend=model.backend,
             formats=model.plan.format_label,
             read_gbps=bandwidth.gbps,
             measurements=found,
+            rooflines=rooflines,
         )
 
 
@@ -170,6 +187,7 @@ class BenchReport:
     formats: str
     read_gbps: float  # measured read bandwidth of the device
     measurements: list[Measurement]
+    rooflines: list[Roofline] = field(default_factory=list)  # one a context, if asked for
 
     def table(self) -> str:
         """Aligned lines for a person."""
@@ -179,15 +197,22 @@ class BenchReport:
             label = f"{m.metric} @ {m.context}"
             value = f"{100 * m.value:10.1f} %" if m.unit == "share" else f"{m.value:10.1f} {m.unit}"
             lines.append(f"{label:32}{value}")
-        return "\n".join(lines)
+        tables = [roofline.table() for roofline in self.rooflines]
+        return "\n\n".join(["\n".join(lines), *tables])
 
     def as_dict(self, model: str) -> dict[str, Any]:
         """The report as JSON-ready data."""
         return {"model": model, "runtime": RUNTIME, **asdict(self)}
 
     def append_csv(self, path: Path, model: str) -> None:
-        """Append one row a figure; a new file gets the header."""
-        append_rows(path, self.gpu, RUNTIME, model, self.formats, self.measurements)
+        """Append one row a figure and one a component of a roofline; a new file gets the header."""
+        parts = [
+            Measurement(f"step_{part.component.replace(' ', '_')}_us", one.context, part.us, "us")
+            for one in self.rooflines
+            for part in one.components
+        ]
+        figures = [*self.measurements, *parts]
+        append_rows(path, self.gpu, RUNTIME, model, self.formats, figures)
 
 
 def append_rows(

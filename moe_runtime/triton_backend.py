@@ -88,6 +88,11 @@ class TritonBackend:
                 rows.append(self._prefill.head(part).float().cpu())
         return torch.cat(rows)
 
+    @property
+    def step(self) -> CapturedStep:
+        """The decode step, for those who measure it."""
+        return self._step
+
     def time_steps(self, position: int, steps: int) -> float:
         """Seconds of one captured step, by the GPU's clock: `steps` in a row from a position.
 

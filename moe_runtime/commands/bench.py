@@ -24,6 +24,7 @@ from moe_runtime.commands.common import (
     moe-runtime bench demo
     moe-runtime bench openai/gpt-oss-20b --context 128 --context 8192
     moe-runtime bench ./checkpoint --tokens 512 --csv results.csv
+    moe-runtime bench openai/gpt-oss-20b --roofline --timeline step.svg
     """,
 )
 @model_argument
@@ -42,6 +43,10 @@ from moe_runtime.commands.common import (
               help="Timed repeats of each figure; medians are shown.")  # fmt: skip
 @click.option("--max-context", type=click.IntRange(min=1), metavar="N",
               help="Tokens the cache is made for; default: what is needed.")  # fmt: skip
+@click.option("--roofline", "with_roofline", is_flag=True,
+              help="Bytes and time of a decode step by component; needs a GPU.")  # fmt: skip
+@click.option("--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg",
+              help="Draw the step's programs over time; needs a GPU.")  # fmt: skip
 @click.option("--csv", "csv_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Append the figures to this file.")  # fmt: skip
 @click.option("--name", metavar="NAME", help="Model name in the CSV; default: MODEL.")
@@ -57,6 +62,8 @@ def command(
     tokens: int,
     repeats: int,
     max_context: int | None,
+    with_roofline: bool,
+    timeline: Path | None,
     csv_path: Path | None,
     name: str | None,
     as_json: bool,
@@ -65,9 +72,19 @@ def command(
 
     Prompts are fresh random tokens, decoding is greedy, the end token is ignored. The share is
     bytes read for a token times tokens a second, over the read bandwidth measured here.
+
+    The parts of a roofline add up to the step: a component has the time from the end of the kernel
+    in front to its own end, but for what passes until its first program has that one's results,
+    which is waiting.
     """
     # Slow import: torch.
+    import torch
+
     from moe_runtime.benchmark import run_bench
+
+    with_roofline = with_roofline or timeline is not None
+    if with_roofline and (device == "cpu" or not torch.cuda.is_available()):
+        raise click.ClickException("--roofline and --timeline need a CUDA GPU: stamps are its own")
 
     contexts, prompts = contexts or (128,), prompts or (128,)
     steps = len(contexts) * (repeats + 1) + len(prompts) * repeats
@@ -84,6 +101,8 @@ def command(
             repeats=repeats,
             max_context=max_context,
             on_step=bar.update,
+            with_roofline=with_roofline,
+            timeline=timeline,
         )
     if csv_path:
         report.append_csv(csv_path, name or model)

@@ -1,0 +1,101 @@
+"""One captured decode step with the times of its programs, for `bench --roofline`.
+
+A build of its own: the kernels are compiled once more, with the stores of the stamps in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.compile_ahead import compile_ahead
+from kernels.launch_trace import TracedLaunch, mark_time, trace_launches
+from moe_runtime.decode import DecodeStep
+from quant.tensor import QuantTensor
+
+OTHER = "other"  # a launch that reads none of the known weights
+REPEATS = 5
+_STEPS_IN_A_ROW = 3  # of which the last is looked at
+
+
+@dataclass(frozen=True)
+class LaunchTimes:
+    """One launch: what it is for, and when its programs started, had waited and ended."""
+
+    component: str
+    kernel: str
+    stamps: Tensor  # [programs, 3] int64 ns on the CPU; programs without work are left out
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step: when it began and ended, and its launches in order."""
+
+    begin_ns: int
+    end_ns: int
+    launches: tuple[LaunchTimes, ...]
+
+
+def trace_step(step: DecodeStep, position: int) -> StepTrace:
+    """The step of median time of REPEATS, captured with stamps, from a position of the cache."""
+    marks = torch.zeros(2, dtype=torch.int64, device=step.logits.device)
+
+    def run() -> None:
+        mark_time(marks[:1])
+        step.step(filtered=False)
+        mark_time(marks[1:])
+
+    with compile_ahead(), trace_launches():
+        run()
+    with trace_launches() as launches:
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph), trace_launches(launches):
+        run()
+    names = components(step)
+    found = []
+    for _ in range(REPEATS):
+        for launch in launches:
+            launch.stamps.zero_()
+        step.state.position.fill_(position)
+        step.state.step.zero_()
+        for _ in range(_STEPS_IN_A_ROW):
+            graph.replay()
+        torch.cuda.synchronize()
+        begin, end = marks.tolist()
+        found.append(StepTrace(begin, end, tuple(named(launches, names))))
+    return sorted(found, key=lambda trace: trace.end_ns - trace.begin_ns)[REPEATS // 2]
+
+
+def components(step: DecodeStep) -> dict[int, str]:
+    """Address of a weight -> what the kernel that reads it is for."""
+    found: dict[int, str] = {}
+    for layer in step.weights.layers:
+        parts = {
+            "qkv": layer.qkv,
+            "attention": layer.sinks,
+            "output projection": layer.out,
+            "router": layer.router,
+            "experts gate_up": layer.gate_up,
+            "experts down": layer.down,
+        }
+        found |= {_address(weight): name for name, weight in parts.items()}
+    found[_address(step.weights.head)] = "head"
+    return found
+
+
+def named(launches: Iterable[TracedLaunch], names: Mapping[int, str]) -> Iterable[LaunchTimes]:
+    """Launches by what they are for, their stamps on the CPU."""
+    for launch in launches:
+        component = next((names[at] for at in launch.operands if at in names), OTHER)
+        stamps = launch.stamps.cpu()
+        yield LaunchTimes(component, launch.kernel, stamps[stamps[:, 2] > 0])
+
+
+def _address(weight: Tensor | QuantTensor) -> int:
+    values = weight.values if isinstance(weight, QuantTensor) else weight
+    return values.data_ptr()
