@@ -1,4 +1,4 @@
-"""The traced step on a GPU: its parts are its time, its bytes the plan's, and it changes nothing."""
+"""The traced step on a GPU: its parts are its time, its bytes the plan's, tokens stay the same."""
 
 import xml.etree.ElementTree as ET
 
