@@ -95,15 +95,40 @@ class Table:
         yield ("| model | dense | context | tokens/s | step alone | apart | must | aim | roofline |"
                " of it | peer | first token 128 / 2048 (peer) | start |")  # fmt: skip
         yield "|" + " --- |" * 13
-        seen = dict.fromkeys(
+        for model, gpu, dense in self._ours():
+            for context in contexts:
+                if line := self._line(model, gpu, dense, context):
+                    yield line
+
+    def remarks(self, contexts: list[int]) -> Iterator[str]:
+        """What the table does not say: long contexts against the shortest, the parts of a start."""
+        for model, _, dense in self._ours():
+            rates = {c: self.find(model, dense, False, "decode_tokens_per_s", c) for c in contexts}
+            rates = {context: rate for context, rate in rates.items() if rate}
+            for context, rate in list(rates.items())[1:]:
+                share = 100 * rate / next(iter(rates.values()))
+                yield f"{model} {dense}: context {context} at {share:.1f} % of {next(iter(rates))}"
+            for context, rate in rates.items():
+                theirs = self.find(model, dense, True, "decode_tokens_per_s", context)
+                if theirs and theirs > rate:
+                    yield f"{model} {dense}: behind the peer at context {context}"
+            parts = [
+                f"{row.metric[6:-2].replace('_', ' ')} {row.value:.2f}"
+                for row in self.rows
+                if row.metric.startswith("start_") and row.metric != "start_s"
+                and (row.model, _dense_of(row.formats)) == (model, dense)
+            ]  # fmt: skip
+            if parts:
+                yield f"{model} {dense}: seconds of the start: {', '.join(parts)}"
+
+    def _ours(self) -> list[tuple[str, str, str]]:
+        """(model, GPU, dense) of our rows, in order."""
+        found = (
             (row.model, row.gpu, _dense_of(row.formats))
             for row in self.rows
             if row.runtime.startswith("moe_runtime")
         )
-        for model, gpu, dense in seen:
-            for context in contexts:
-                if line := self._line(model, gpu, dense, context):
-                    yield line
+        return list(dict.fromkeys(found))
 
     def _line(self, model: str, gpu: str, dense: str, context: int) -> str | None:
         def ours(metric: str, at: int = context) -> float | None:
@@ -342,7 +367,7 @@ def main() -> None:
             except Exception as error:  # the other shape goes on
                 report(f"{shape}: {type(error).__name__}: {error}")
     finally:
-        print("\n".join(table.lines(options.context)), flush=True)
+        print("\n".join([*table.lines(options.context), "", *table.remarks(options.context)]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kernels compiled ahead: each once, into Triton's cache, without a launch."""
+"""Launches that only compile, each kernel once and into Triton's cache; launches with a trace."""
 
 import json
 import os
@@ -15,17 +15,37 @@ from kernels.rms_norm import rms_norm
 CHILD = Path(__file__).with_name("compile_ahead_child.py")
 
 
-def test_each_kernel_is_compiled_once_and_none_is_launched(tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("triton")
+
+
+@pytest.fixture(scope="module")
+def found(cache):
+    """What the child says, in which Triton compiles for a GPU."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["TRITON_CACHE_DIR"] = str(tmp_path)
+    environment["TRITON_CACHE_DIR"] = str(cache)
     done = subprocess.run(
         [sys.executable, str(CHILD)], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout)
+    return json.loads(done.stdout)
+
+
+def test_each_kernel_is_compiled_once_and_none_is_launched(found, cache):
     assert found["counts"] == [2, 0]  # two widths; the second time they are there
     assert found["afterwards"] != "ran"  # a launch is a launch again
-    assert len(list(tmp_path.rglob("*.cubin"))) == 2
+    assert len(list(cache.rglob("*.cubin"))) == 2
+
+
+def test_launches_are_given_a_trace_for_their_programs(found):
+    traces = found["traces"]
+    assert traces["kernels"] == ["_gemv_kernel", "_gemv_kernel"]
+    large, small = traces["shapes"]
+    assert large[1] == small[1] == 3 and large[0] > small[0] >= 1
+    assert traces["reads the weight"] == [True, True] and traces["same tensors"]
+    # the first two steps with, the third without; the embedding never
+    assert traces["given"] == [large, None, small] * 2 + [None] * 3
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs the interpreter")

@@ -93,6 +93,16 @@ def test_the_table_has_targets_and_the_peer(script, tmp_path):
         "11.2 / - (12.8 / -) ms", "-",
     ]  # fmt: skip
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 5
+    for context, metric, value in ((8192, "decode_tokens_per_s", 291.0),
+                                   (128, "start_compile_s", 3.25)):  # fmt: skip
+        table.add(script.Row(*head, context, metric, value, "x"), None)
+    for row in script.peer_rows(json.dumps({**PEER, "context": 8192})):
+        table.add(row, None)
+    assert list(table.remarks([128, 8192])) == [
+        "gpt-oss-20b bf16: context 8192 at 50.0 % of 128",
+        "gpt-oss-20b bf16: behind the peer at context 8192",
+        "gpt-oss-20b bf16: seconds of the start: compile 3.25",
+    ]
 
 
 def test_a_command_is_ended_when_the_time_is_up(script, capsys):
