@@ -12,7 +12,8 @@ HEADS_PER_PROGRAM = 8
 
 # A program handles BLOCK_H heads (of q, k or v, in that order) of one token.
 # Grid: T, (H + 2G) / BLOCK_H.
-@triton.jit
+# S is not specialised: no length of the cache compiles anything new.
+@triton.jit(do_not_specialize=["S"])
 def _rope_kv_kernel(
     qkv_ptr,  # [T, (H + 2G) * C]
     cos_ptr,  # [positions, C / 2] fp32
@@ -21,7 +22,7 @@ def _rope_kv_kernel(
     k_ptr,  # [G, S, C]
     v_ptr,
     q_ptr,  # [T, H, C]
-    S: tl.constexpr,
+    S,
     H: tl.constexpr,
     G: tl.constexpr,
     C: tl.constexpr,

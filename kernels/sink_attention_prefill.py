@@ -37,7 +37,7 @@ def _read_keys(
     acc,
     total,
     biggest,
-    S: tl.constexpr,
+    RING: tl.constexpr,  # slots that a window's keys go round in
     C: tl.constexpr,
     WINDOW: tl.constexpr,
     SCALE_LOG2: tl.constexpr,
@@ -49,7 +49,7 @@ def _read_keys(
     for n0 in range(begin, stop, BLOCK_N):
         key = n0 + tl.arange(0, BLOCK_N)
         # Only a window's ring wraps; a full cache has a slot for every position.
-        slot = (key % S if WINDOW > 0 else key)[:, None] * C + c[None, :]
+        slot = (key % RING if WINDOW > 0 else key)[:, None] * C + c[None, :]
         # What lies beyond the end may be NaN, and 0 * NaN is NaN: it must not be read.
         cached = None if ALL_SEEN else (key < end)[:, None]
         k = tl.load(k_ptr + slot, mask=cached)
@@ -72,8 +72,8 @@ def _read_keys(
 
 # A program computes BLOCK_M rows of one kv head; a row is one query head of one token, so that
 # heads that share keys share the reads. Grid: G, T * (H / G) / BLOCK_M.
-# T is not specialised: no prompt length compiles anything new.
-@triton.jit(do_not_specialize=["T"])
+# T and S are not specialised: no prompt length and no length of the cache compiles anything new.
+@triton.jit(do_not_specialize=["T", "S"])
 def _prefill_attention_kernel(
     q_ptr,  # [T, H, C]
     k_ptr,  # [G, S, C]
@@ -82,7 +82,8 @@ def _prefill_attention_kernel(
     position_ptr,  # [1] int32: position of token 0
     out_ptr,  # [T, H * C]
     T,
-    S: tl.constexpr,
+    S,
+    RING: tl.constexpr,
     H: tl.constexpr,
     C: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
@@ -120,11 +121,11 @@ def _prefill_attention_kernel(
         masked_from = (first_query + 1) // BLOCK_N * BLOCK_N
         acc, total, biggest = _read_keys(
             q, k_ptr, v_ptr, query_position, 0, masked_from, end, acc, total, biggest,
-            S, C, WINDOW, SCALE_LOG2, True, BLOCK_N,
+            RING, C, WINDOW, SCALE_LOG2, True, BLOCK_N,
         )  # fmt: skip
     acc, total, biggest = _read_keys(
         q, k_ptr, v_ptr, query_position, masked_from, end, end, acc, total, biggest,
-        S, C, WINDOW, SCALE_LOG2, False, BLOCK_N,
+        RING, C, WINDOW, SCALE_LOG2, False, BLOCK_N,
     )  # fmt: skip
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, out, mask=inside[:, None])
@@ -166,7 +167,8 @@ def sink_attention_prefill(
         position,
         out,
         tokens,
-        S=slots,
+        slots,
+        RING=slots if window else 0,
         H=heads,
         C=width,
         HEADS_PER_KV=heads_per_kv,
