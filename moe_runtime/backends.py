@@ -83,7 +83,9 @@ def create_backend(
     nbytes = bytes_as_loaded(opened.plan, packed)
     room = packing_bytes(opened.plan, packed)
     weight_bytes = weights_by_component(nbytes)
-    target, plan = _place(config, weight_bytes, device, backend, max_context, room, progress)
+    times = times or StartTimes()
+    with times.part("device"):  # a process's first look at a GPU sets up CUDA
+        target, plan = _place(config, weight_bytes, device, backend, max_context, room, progress)
     format_names = {
         w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights
     }
@@ -109,7 +111,6 @@ def create_backend(
     rounded = _rounded_inputs(opened, name, activations)
     if target.type == "cpu":
         check_host_memory(opened.plan)
-    times = times or StartTimes()
 
     def load() -> Weights:
         with times.part("weights"):

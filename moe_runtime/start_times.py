@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PARTS = ("imports", "open", "compile", "weights", "capture")
+PARTS = ("imports", "open", "device", "compile", "weights", "capture")
 
 
 class StartTimes:

@@ -27,7 +27,8 @@ def test_json_and_csv(folder, tmp_path, capsys):
     assert tuple(rows[0]) == benchmark.COLUMNS
     found = {(m["metric"], m["context"]): m["value"] for m in report["measurements"]}
     assert set(found) == {
-        ("start_s", 5), ("start_imports_s", 5), ("start_open_s", 5), ("start_weights_s", 5),
+        ("start_s", 5), ("start_imports_s", 5), ("start_open_s", 5), ("start_device_s", 5),
+        ("start_weights_s", 5),
         ("start_first_token_s", 5), ("first_token_ms", 5), ("decode_tokens_per_s", 9),
         ("decode_tokens_per_s_min", 9), ("decode_tokens_per_s_max", 9), ("bandwidth_share", 9),
     }  # fmt: skip
