@@ -14,6 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
+from kernels.latent_cache import projection_parts, scales_kind
+from kernels.weight_formats import decode_scale
+from quant.tensor import QuantTensor
 
 BLOCK_S = 32  # cached rows that a program of the decode reads at a time
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -129,6 +132,7 @@ def _values_kernel(
     stats_ptr,
     position_ptr,
     projection_ptr,  # [H, N + U, L]: a head's U rows for values last
+    scales_ptr,  # of blocks of 128x128, or None
     out_ptr,  # [H, U] fp32, written
     trace_ptr,
     N: tl.constexpr,
@@ -140,6 +144,7 @@ def _values_kernel(
     BLOCK_U: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    SCALES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
@@ -172,7 +177,11 @@ def _values_kernel(
             other=0.0,
         )
         mean += tl.sum(part * tl.exp2(peak - biggest)[:, None], axis=0)
-    y = tl.sum(w.to(tl.float32) * (mean / total)[None, :], axis=1)
+    mean = mean / total
+    if scales_ptr is not None:  # N and U are 128
+        block = (head * 2 + 1) * ((L + 127) // 128) + l // 128
+        mean *= decode_scale(tl.load(scales_ptr + block, mask=l < L, other=0), SCALES)
+    y = tl.sum(w.to(tl.float32) * mean[None, :], axis=1)
     tl.store(out_ptr + head * U + u, y, mask=u < U)
     stamp(trace_ptr, 2)
 
@@ -181,7 +190,7 @@ def latent_attention_decode(
     query: Tensor,
     cache: Tensor,
     position: Tensor,
-    projection: Tensor,
+    projection: Tensor | QuantTensor,
     out: Tensor,
     *,
     scale: float,
@@ -195,7 +204,7 @@ def latent_attention_decode(
     query:       [H, L + P] in absorbed form, of the cache's dtype
     cache:       [S, L + P], the token's own row included
     position:    [1] int32 on the device
-    projection:  [H, N + U, L] any float dtype
+    projection:  [H * (N + U), L] any float dtype; or, if N and U are 128, in FP8 blocks
     out:         [H, U] fp32, written
     scale:       of the scores before the softmax
     acc:         [H, X, L] fp32 scratch, X of num_splits
@@ -239,14 +248,15 @@ def latent_attention_decode(
         acc,
         stats,
         position,
-        projection,
+        *projection_parts(projection),
         out,
         trace[1],
-        N=projection.shape[1] - values,
+        N=projection.shape[0] // heads - values,
         U=values,
         X=splits,
         BLOCK_X=min(16, splits),
         BLOCK_U=block_u,
+        SCALES=scales_kind(projection),
         num_warps=4,
         **sizes,
         **early_start(query),

@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
+from kernels.weight_formats import decode_scale, scale_bytes, scales_of
+from quant.tensor import QuantTensor
 
 _HEADS_PER_PROGRAM = 8
 
@@ -118,6 +120,7 @@ def latent_cache(
     tokens, heads, width = q.shape
     rotary = 2 * rope[0].shape[1]
     latent_width = latent.shape[1] - rotary
+    assert q.is_contiguous() and latent.is_contiguous()
     assert cache.shape[1] == query.shape[2] == latent.shape[1]
     _latent_cache_kernel[(tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM) + 1)](
         q,
@@ -148,6 +151,7 @@ def _latent_query_kernel(
     latent_ptr,  # [L + P] fp32
     norm_ptr,  # [L]
     projection_ptr,  # [H, N + U, L]: a head's N rows for keys first
+    scales_ptr,  # of blocks of 128x128, or None
     cos_ptr,  # [positions, P / 2] fp32
     sin_ptr,
     position_ptr,  # [1] int32
@@ -163,6 +167,7 @@ def _latent_query_kernel(
     BLOCK_L: tl.constexpr,
     WHOLE_L: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    SCALES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
@@ -174,12 +179,16 @@ def _latent_query_kernel(
         l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
         place = (head * (N + U) + n)[:, None] * L + l[None, :]
         w = tl.load(projection_ptr + place, mask=(n < N)[:, None] & (l < L)[None, :], other=0.0)
+        scale = 1.0
+        if scales_ptr is not None:  # N and U are 128: one block
+            block = head * 2 * ((L + 127) // 128) + tl.program_id(1) * BLOCK_L // 128
+            scale = decode_scale(tl.load(scales_ptr + block), SCALES)
         wait_for_front(EARLY)
         stamp(trace_ptr, 1)
         # After the wait: then the attention behind may read position and cache before its own.
         let_next_start(EARLY)
         q = tl.load(q_ptr + n, mask=n < N, other=0.0)
-        out = tl.sum(w.to(tl.float32) * q[:, None], axis=0)
+        out = tl.sum(w.to(tl.float32) * q[:, None], axis=0) * scale
         tl.store(query_ptr + l, out.to(query_ptr.dtype.element_ty), mask=l < L)
     else:
         wait_for_front(EARLY)
@@ -204,7 +213,7 @@ def latent_query(
     q: Tensor,
     latent: Tensor,
     norm: Tensor,
-    projection: Tensor,
+    projection: Tensor | QuantTensor,
     rope: tuple[Tensor, Tensor],
     position: Tensor,
     cache: Tensor,
@@ -218,7 +227,7 @@ def latent_query(
     q:           [H, N + P] fp32, not rotated
     latent:      [L + P] fp32: latent, then key
     norm:        [L] weight of the latent's RMS norm, with eps
-    projection:  [H, N + U, L] any float dtype
+    projection:  [H * (N + U), L] any float dtype; or, if N and U are 128, in FP8 blocks
     rope:        cos and sin, [positions, P / 2] fp32
     position:    [1] int32 on the device
     cache:       [S, L + P], row `position` written
@@ -227,7 +236,8 @@ def latent_query(
     Reads the N rows of each head's projection, which sets its time. The kernel behind may read
     before its own wait what kernels in front of this one wrote.
     """
-    heads, rows, latent_width = projection.shape
+    heads, latent_width = q.shape[0], projection.shape[1]
+    rows = projection.shape[0] // heads
     rotary = 2 * rope[0].shape[1]
     nope = q.shape[1] - rotary
     block_l = latent_block(heads, latent_width)
@@ -235,7 +245,7 @@ def latent_query(
         q,
         latent,
         norm,
-        projection,
+        *projection_parts(projection),
         *rope,
         position,
         cache,
@@ -250,10 +260,30 @@ def latent_query(
         BLOCK_L=block_l,
         WHOLE_L=triton.next_power_of_2(latent_width),
         BLOCK_P=triton.next_power_of_2(rotary // 2),
+        SCALES=scales_kind(projection),
         num_warps=4,
         **early_start(q),
     )
     return query
+
+
+def can_project(weight: Tensor | QuantTensor, nope: int, value: int) -> bool:
+    """Whether the kernels read a head's projections in the form that they are stored in."""
+    if isinstance(weight, Tensor):
+        return True
+    return weight.format.block == (128, 128) and nope == value == 128
+
+
+def projection_parts(weight: Tensor | QuantTensor) -> tuple[Tensor, Tensor | None]:
+    """Values, and scales as the kernels load them."""
+    if isinstance(weight, Tensor):
+        return weight, None
+    return weight.values, scale_bytes(weight)
+
+
+def scales_kind(weight: Tensor | QuantTensor) -> str:
+    """What the scales are, see kernels/weight_formats.py."""
+    return "none" if isinstance(weight, Tensor) else scales_of(weight.format)
 
 
 def latent_block(heads: int, latent_width: int) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from loaders.checkpoint import Checkpoint
 from loaders.errors import UnsupportedModelError
+from loaders.names.table import LoadPlan
 from loaders.weights import load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import DecoderConfig
@@ -108,6 +109,11 @@ def create_backend(
             f"dense_format={dense_format!r} needs a GPU of compute capability 8.9 or more, "
             f"{target} has less; leave it out (--dense-format)"
         )
+    if name == "triton" and not knows_fp8(target) and _has_dense_fp8(opened.plan):
+        raise ValueError(
+            "attention in FP8 needs a GPU of compute capability 8.9 or more, "
+            f"{target} has less; use backend='reference'"
+        )
     rounded = _rounded_inputs(opened, name, activations)
     if target.type == "cpu":
         check_host_memory(opened.plan)
@@ -140,6 +146,11 @@ def create_backend(
             _say(f"{count} weights are left out: {reason}")
         _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
     return made
+
+
+def _has_dense_fp8(plan: LoadPlan) -> bool:
+    matrices = (weight for weight in plan.weights if len(weight.shape) == 2)
+    return any(w.format and w.format.value_dtype == torch.float8_e4m3fn for w in matrices)
 
 
 def _rounded_inputs(opened: OpenedModel, backend: str, activations: str) -> frozenset[str]:

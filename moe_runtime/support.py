@@ -49,6 +49,8 @@ LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
 
 SUPPORTED = (
     Support("gpt_oss", ANY, "bf16 or fp8", "triton", LEAST_CAPABILITY),
+    Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
+    Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),

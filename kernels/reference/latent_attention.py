@@ -6,12 +6,15 @@ T tokens, H heads, L latent width, P rotary width, U value width of a head.
 import torch
 from torch import Tensor
 
+from kernels.reference.latent_cache import of_heads
+from quant.tensor import QuantTensor
+
 
 def latent_attention_decode(
     query: Tensor,
     cache: Tensor,
     position: Tensor,
-    projection: Tensor,
+    projection: Tensor | QuantTensor,
     out: Tensor,
     *,
     scale: float,
@@ -20,10 +23,10 @@ def latent_attention_decode(
     chosen: Tensor | None = None,
 ) -> Tensor:
     """Same arguments and results as the kernels; the scratch is not used."""
-    latents = query.new_empty((1, len(query), projection.shape[2]), dtype=torch.float32)
+    latents = query.new_empty((1, len(query), projection.shape[1]), dtype=torch.float32)
     rows = None if chosen is None else chosen[None]
     latent_attention_prefill(query[None], cache, position, latents, scale=scale, chosen=rows)
-    for_values = projection[:, projection.shape[1] - out.shape[1] :].float()
+    for_values = of_heads(projection, len(query))[:, -out.shape[1] :]
     return out.copy_(torch.einsum("hl,hul->hu", latents[0], for_values))
 
 

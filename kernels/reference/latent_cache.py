@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 
 from kernels.reference.rms_norm import rms_norm
+from quant.codecs import decode
+from quant.tensor import QuantTensor
 
 
 def rotated_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -39,11 +41,17 @@ def latent_cache(
     return query
 
 
+def of_heads(projection: Tensor | QuantTensor, heads: int) -> Tensor:
+    """[H, N + U, L] fp32."""
+    plain = projection.float() if isinstance(projection, Tensor) else decode(projection)
+    return plain.unflatten(0, (heads, -1))
+
+
 def latent_query(
     q: Tensor,
     latent: Tensor,
     norm: Tensor,
-    projection: Tensor,
+    projection: Tensor | QuantTensor,
     rope: tuple[Tensor, Tensor],
     position: Tensor,
     cache: Tensor,
@@ -54,6 +62,7 @@ def latent_query(
     """Same arguments and results as the kernel."""
     latent_cache(q[None], latent[None], norm, rope, position, cache, query[None], eps=eps)
     nope = q.shape[1] - 2 * rope[0].shape[1]
-    absorbed = torch.einsum("hn,hnl->hl", q[:, :nope], projection[:, :nope].float())
+    for_keys = of_heads(projection, len(q))[:, :nope]
+    absorbed = torch.einsum("hn,hnl->hl", q[:, :nope], for_keys)
     query[:, : absorbed.shape[1]] = absorbed.to(query.dtype)
     return query

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loaders.names.table import LoadPlan
-from moe_runtime.gpu import gpt_oss
+from moe_runtime.gpu import deepseek, gpt_oss
 from moe_runtime.gpu.captured_step import CapturedStep
 from moe_runtime.models.reference_model import Weights
 from quant.formats import QuantFormat
@@ -73,6 +73,9 @@ class GpuFamily:
     compile: CompileKernels
 
 
+_DEEPSEEK = GpuFamily(deepseek.layer_kinds, deepseek.assemble, deepseek.compile_kernels)
 GPU_FAMILIES: Mapping[str, GpuFamily] = {
     "gpt_oss": GpuFamily(gpt_oss.expert_formats, gpt_oss.assemble, gpt_oss.compile_kernels),
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
 }

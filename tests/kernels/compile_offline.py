@@ -221,7 +221,9 @@ def run_latent_attention(s: Sizes) -> None:
     s = deepseek_sizes(s)
     cache, position, query = empty(s.context, 576), int32(1), empty(s.H, 576)
     rope = fp32(s.context, 32), fp32(s.context, 32)
-    projection = empty(s.H, 256, 512)
+    projection = experts_in(FP8_BLOCK128, 1, s.H * 256, 512)[0]
+    if s is V2_LITE:
+        projection = empty(s.H * 256, 512)
     splits = latent_attention.num_splits(s.H)
     latent_cache.latent_query(
         fp32(s.H, 192), fp32(576), empty(512), projection, rope, position, cache, query, eps=1e-6

@@ -6,6 +6,8 @@ import torch
 from kernels import latent_attention, latent_cache
 from kernels.reference import latent_attention as attention_twin
 from kernels.reference import latent_cache as cache_twin
+from quant.codecs import encode
+from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0
 from tests.tolerances import assert_close
 
 pytestmark = pytest.mark.skipif(
@@ -29,7 +31,7 @@ def rope_tables(rotary):
 @pytest.mark.parametrize(("heads", "latent", "rotary", "nope", "value"), SHAPES)
 def test_what_is_cached_and_the_absorbed_query(heads, latent, rotary, nope, value):
     q, row, norm, weight = random(
-        1, (heads, nope + rotary), (latent + rotary,), (latent,), (heads, nope + value, latent)
+        1, (heads, nope + rotary), (latent + rotary,), (latent,), (heads * (nope + value), latent)
     )
     rope, position = rope_tables(rotary), torch.tensor([77], dtype=torch.int32)
     found = []
@@ -62,7 +64,7 @@ def test_many_tokens_are_cached(heads, latent, rotary, nope, value):
 @pytest.mark.parametrize(("heads", "latent", "rotary", "nope", "value"), SHAPES)
 def test_decode(heads, latent, rotary, nope, value, position, top):
     query, cache, weight = random(
-        3, (heads, latent + rotary), (SLOTS, latent + rotary), (heads, nope + value, latent)
+        3, (heads, latent + rotary), (SLOTS, latent + rotary), (heads * (nope + value), latent)
     )
     cache[position + 1 :] = float("nan")  # not written yet: must not be read
     at = torch.tensor([position], dtype=torch.int32)
@@ -110,3 +112,27 @@ def test_prefill_of_few_heads():
         out = torch.empty(30, 5, 48)
         found.append(module.latent_attention_prefill(query, cache, at, out, scale=0.3))
     assert_close(*found, "attention")
+
+
+@pytest.mark.parametrize("format", [FP8_BLOCK128, FP8_BLOCK128_E8M0], ids=lambda f: f.name)
+def test_projections_in_blocks(format):
+    heads, latent, rotary = 3, 160, 8
+    q, row, norm, query, cache, weight, sizes = random(
+        8, (heads, 128 + rotary), (latent + rotary,), (latent,), (heads, latent + rotary),
+        (SLOTS, latent + rotary), (heads * 256, latent), (heads * 256, 1),
+    )  # fmt: skip
+    weight, at = encode(weight * sizes.exp(), format), torch.tensor([20], dtype=torch.int32)
+    splits = latent_attention.num_splits(heads)
+    found = []
+    for cached, attention in ((latent_cache, latent_attention), (cache_twin, attention_twin)):
+        absorbed = torch.zeros(heads, latent + rotary)
+        rope, slots = rope_tables(rotary), torch.zeros(SLOTS, latent + rotary)
+        cached.latent_query(q, row, norm, weight, rope, at, slots, absorbed, eps=1e-6)
+        acc, stats = torch.empty(heads, splits, latent), torch.empty(heads, splits, 2)
+        values = torch.empty(heads, 128)
+        attention.latent_attention_decode(
+            query, cache, at, weight, values, scale=0.2, acc=acc, stats=stats
+        )
+        found.append((absorbed, values))
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected, "gemv")

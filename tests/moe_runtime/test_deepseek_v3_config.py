@@ -202,7 +202,8 @@ def test_the_mtp_layer_is_counted_aloud(tmp_path, capsys):
     assert f"{count} weights are left out: multi-token prediction" in capsys.readouterr().err
 
 
-def test_there_are_no_gpu_kernels_yet(tmp_path, monkeypatch, capsys):
+def test_a_family_without_gpu_kernels(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(backends, "has_kernels", lambda family: False)
     write_tiny_deepseek(tmp_path, SMALL)
     checkpoint = open_folder(tmp_path)
     opened = plan_model(checkpoint)

@@ -1,0 +1,205 @@
+"""Prefill of DeepSeek V2 and V3: the prompt through all layers, a chunk of tokens at a time.
+
+Attention is in absorbed form here too, over the same cache as in decode: 3.4 times the operations
+of expanded keys and values, but nothing is expanded, and up to a few thousand tokens the experts
+take most of the time. Dense projections are torch's matrix products; those stored in FP8 blocks are
+decoded for each use into a buffer that all share, rounded to the dtype of the activations. Routed
+experts are decoded tile by tile. The residual is fp32. Nothing waits for the device.
+
+T tokens of a chunk, D model width, H heads, L latent width, P rotary width, N and U widths of a
+head's part without rope and of its values, E experts, K experts a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from kernels.decode_blocks import decode_blocks
+from kernels.latent_attention import latent_attention_prefill
+from kernels.latent_cache import latent_cache
+from kernels.moe_gemm import (
+    add_expert_outputs,
+    moe_gemm_down,
+    moe_gemm_gate_up,
+    rows_per_block,
+)
+from kernels.moe_routing import route_chosen
+from kernels.rms_norm import rms_norm
+from moe_runtime.gpu.deepseek_step import INNER_EPS, PLAIN_GATE
+from moe_runtime.gpu.deepseek_weights import (
+    AttentionWeights,
+    GatedExperts,
+    LayerWeights,
+    Matrix,
+    ModelWeights,
+)
+from moe_runtime.layers.routing import choose_experts, limit_groups
+from moe_runtime.models.deepseek_config import DeepseekConfig
+from quant.codecs import decode
+from quant.tensor import QuantTensor
+
+_LEAST_SUM = 1e-20  # added to the sum of a token's weights
+
+
+class DeepseekPrefill:
+    """Runs prompts; shares weights, cache and rope tables with the decode step."""
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        weights: ModelWeights,
+        cache: Sequence[Tensor],
+        rope: tuple[Tensor, Tensor],
+        chunk: int,
+    ) -> None:
+        self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
+        self.chunk = chunk
+        self.dtype = weights.embedding.dtype  # of activations
+        device = weights.embedding.device
+        # Routing is decided in fp32, as the decode step does: a rounded logit flips experts.
+        self._routers = [None if w.router is None else w.router.float() for w in weights.layers]
+        self._position = torch.zeros(1, dtype=torch.int32, device=device)
+        most = max((_decoded_numel(w) for w in weights.layers), default=0)
+        if isinstance(weights.head, QuantTensor):
+            most = max(most, math.prod(weights.head.shape))
+        self._decoded = torch.empty(most, dtype=self.dtype, device=device)
+
+    def run(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Run ids [N] int64 from position 0; yields each chunk's residual [T, D] fp32."""
+        for start in range(0, len(token_ids), self.chunk):
+            self._position.fill_(start)
+            x_TD = self.weights.embedding[token_ids[start : start + self.chunk]].float()
+            for layer, weights in enumerate(self.weights.layers):
+                self._attend(weights.attention, self.cache[layer], x_TD)
+                self._mix(layer, weights, x_TD)
+            yield x_TD
+
+    def head(self, x_TD: Tensor) -> Tensor:
+        """Logits [T, V] of residual rows."""
+        w = self.weights
+        x_TD = rms_norm(x_TD, w.final_norm, self.config.norm_eps, self.dtype)
+        return self._project(x_TD, (w.head,))
+
+    def warm_up_lengths(self) -> list[int]:
+        """One prompt length for every combination of kernel variants that a prompt can need."""
+        c = self.config
+        lengths: dict[int, int] = {}
+        for tokens in range(1, self.chunk + 1):
+            rows = rows_per_block(tokens, c.experts_per_token, c.num_experts)
+            lengths.setdefault(rows, tokens)
+        return list(lengths.values())
+
+    def _attend(self, w: AttentionWeights, cache: Tensor, x_TD: Tensor) -> None:
+        c = self.config
+        tokens = len(x_TD)
+        cached_width = c.latent_width + c.rotary_width
+        normed_TD = rms_norm(x_TD, w.norm, c.norm_eps, self.dtype)
+        inputs = self._project(normed_TD, w.inputs)
+        queries, latent = inputs.split((inputs.shape[1] - cached_width, cached_width), dim=1)
+        if w.query_norm is not None:
+            queries = rms_norm(queries.float().contiguous(), w.query_norm, INNER_EPS, self.dtype)
+            queries = self._project(queries, w.queries)
+        q_THC = queries.contiguous().view(tokens, c.num_heads, -1)
+        query = cache.new_empty((tokens, c.num_heads, cached_width))
+        projection_HXL = self._plain(w.projection).unflatten(0, (c.num_heads, -1))
+        for_keys_HNL = projection_HXL[:, : c.nope_width]
+        absorbed = torch.bmm(q_THC[..., : c.nope_width].transpose(0, 1), for_keys_HNL)
+        query[..., : c.latent_width] = absorbed.transpose(0, 1)
+        latent_cache(
+            q_THC,
+            latent.contiguous(),
+            w.latent_norm,
+            self.rope,
+            self._position,
+            cache,
+            query,
+            eps=INNER_EPS,
+        )
+        means_THL = query.new_empty((tokens, c.num_heads, c.latent_width))
+        latent_attention_prefill(query, cache, self._position, means_THL, scale=c.attention_scale)
+        for_values_HLU = projection_HXL[:, c.nope_width :].transpose(1, 2)
+        values_HTU = torch.bmm(means_THL.transpose(0, 1).to(self.dtype), for_values_HLU)
+        x_TD += self._project(values_HTU.transpose(0, 1).flatten(1), (w.out,))
+
+    def _mix(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
+        c = self.config
+        router = self._routers[layer]
+        normed_TD = rms_norm(x_TD, w.mlp_norm, c.norm_eps, torch.float32)
+        rounded_TD = normed_TD.to(self.dtype)
+        if router is not None and w.routed is not None:
+            ids_TK, weights_TK = self._choose(linear(normed_TD, router), w.router_bias)
+            block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
+            routing = route_chosen(ids_TK, weights_TK, c.num_experts, block_rows)
+            hidden = moe_gemm_gate_up(rounded_TD, w.routed.gate_up, None, routing, PLAIN_GATE)
+            add_expert_outputs(moe_gemm_down(hidden, w.routed.down, None, routing), x_TD)
+        for expert in range(w.always.gate_up.shape[0]):
+            self._add_gated(w.always, expert, rounded_TD, x_TD)
+
+    def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids [T, K] int32 and weights [T, K] fp32 of each token's experts."""
+        c = self.config
+        is_v2 = c.family == "deepseek_v2"
+        scores_TE = logits_TE.softmax(dim=-1) if is_v2 else logits_TE.sigmoid()
+        # NaN (weights that overflow) must not lead to an expert that does not exist.
+        limited_TE = limit_groups(
+            scores_TE if bias_E is None else scores_TE + bias_E.float(),
+            num_groups=c.num_expert_groups,
+            num_limited=c.num_limited_groups,
+            best_of_group=1 if is_v2 else 2,
+        ).nan_to_num(nan=float("-inf"), neginf=float("-inf"))
+        ids_TK = choose_experts(limited_TE, c.experts_per_token)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if c.normalized:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _LEAST_SUM)
+        return ids_TK.to(torch.int32), c.routed_scale * weights_TK
+
+    def _add_gated(self, experts: GatedExperts, expert: int, x: Tensor, x_TD: Tensor) -> None:
+        """x_TD += down(silu(gate x) * up x) of one expert of a stack."""
+        gate_up, width = experts.gate_up[expert], experts.width
+        gate = linear(x, self._plain(_rows(gate_up, 0, width)))
+        up = linear(x, self._plain(_rows(gate_up, width, 2 * width)))
+        x_TD += linear(silu(gate) * up, self._plain(experts.down[expert]))
+
+    def _project(self, x: Tensor, weights: Sequence[Matrix]) -> Tensor:
+        """x [T, K] times weights that stand under each other."""
+        parts = [linear(x, self._plain(weight)) for weight in weights]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def _plain(self, weight: Matrix) -> Tensor:
+        """A matrix in the activations' dtype; if decoded, valid until the next call."""
+        if isinstance(weight, Tensor):
+            return weight.to(self.dtype)
+        if weight.scales is None:
+            return weight.values.to(self.dtype)
+        if weight.format.block != (128, 128):
+            return decode(weight).to(self.dtype)
+        out = self._decoded[: math.prod(weight.shape)].view(weight.shape)
+        return decode_blocks(weight, out)
+
+
+def _rows(weight: QuantTensor, start: int, stop: int) -> QuantTensor:
+    """Some rows of a matrix, in the same memory; blocks of scales must line up."""
+    high = (weight.format.block or (1, 1))[0]
+    assert start % high == stop % high == 0, (start, stop, high)
+    scales = weight.scales
+    if scales is not None:
+        scales = scales[start // high : stop // high]
+    shape = (stop - start, weight.shape[1])
+    return QuantTensor(weight.values[start:stop], scales, weight.format, shape)
+
+
+def _decoded_numel(w: LayerWeights) -> int:
+    """Numbers of the largest matrix of a layer that is decoded into the shared buffer."""
+    a = w.attention
+    matrices = [
+        m for m in (*a.inputs, *a.queries, a.projection, a.out) if isinstance(m, QuantTensor)
+    ]
+    sizes = [math.prod(m.shape) for m in matrices]
+    if w.always.down.scales is not None:
+        sizes.append(math.prod(w.always.down.shape[1:]))
+    return max(sizes, default=0)

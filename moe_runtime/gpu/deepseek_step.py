@@ -1,0 +1,195 @@
+"""The decode step of DeepSeek V2 and V3: one token in, the next token out, without the host.
+
+A layer with experts is 11 launches: three for the projections of the attention, three for the
+attention in the cache of latents, its output, the router, and two each for routed and for shared
+experts. On CUDA they are captured once as a graph and replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.gemv import embedding, gemv
+from kernels.grouped_router import grouped_router, norm_and_pack
+from kernels.latent_attention import latent_attention_decode, num_splits
+from kernels.latent_cache import latent_query
+from kernels.moe_gemv import moe_down, moe_gate_up
+from kernels.packed_vector import PackedVectors, activation_scale, packed_vectors, takes_digits
+from kernels.sampling import sample
+from kernels.swiglu import Swiglu
+from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.gpu.deepseek_weights import (
+    AttentionWeights,
+    GatedExperts,
+    LayerWeights,
+    Matrix,
+    ModelWeights,
+)
+from moe_runtime.models.deepseek_config import DeepseekConfig
+
+INNER_EPS = 1e-6  # of norms within the attention, whatever the config says
+PLAIN_GATE = Swiglu()
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Experts of one stack and the buffers of one token."""
+
+    experts: GatedExperts
+    packed: PackedVectors  # the normed token
+    hidden: PackedVectors  # between the experts' halves
+    ids: Tensor
+    weights: Tensor
+
+
+class DeepseekStep(CapturedStep):
+    """The kernels of one token.
+
+    cache: per layer [positions, L + P]: the latent of a token, then its rotated key
+    rope:  cos and sin, [positions, P / 2] fp32
+    """
+
+    def __init__(
+        self,
+        config: DeepseekConfig,
+        weights: ModelWeights,
+        cache: Sequence[Tensor],
+        rope: tuple[Tensor, Tensor],
+        max_context: int,
+    ) -> None:
+        c = config
+        device = weights.embedding.device
+        self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
+        super().__init__(c.vocab_size, max_context, device)
+
+        def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        cached_width = c.latent_width + c.rotary_width
+        query_rows = c.num_heads * (c.nope_width + c.rotary_width)
+        self.residual = buffer(c.model_width)
+        self._inputs = buffer((c.query_rank or query_rows) + cached_width)
+        self._queries = buffer(query_rows) if c.query_rank else self._inputs[:query_rows]
+        self._latent = self._inputs[-cached_width:]
+        self._query = buffer(c.num_heads, cached_width, dtype=cache[0].dtype)
+        splits = num_splits(c.num_heads)
+        self._split_acc = buffer(c.num_heads, splits, c.latent_width)
+        self._split_stats = buffer(c.num_heads, splits, 2)
+        self._attention = buffer(c.num_heads, c.value_width)
+        self._router_logits = buffer(c.num_experts)
+        self._router_ticket = buffer(1, dtype=torch.int32)
+        self._expert_ids = buffer(c.experts_per_token, dtype=torch.int32)
+        self._expert_weights = buffer(c.experts_per_token)
+        self._vectors: dict[tuple[object, ...], PackedVectors] = {}
+        self._layer_mixtures = [self._mixtures(w) for w in weights.layers]
+        self.logits = buffer(c.vocab_size)
+
+    def step(self, *, filtered: bool) -> None:
+        """Launch the kernels of one token."""
+        embedding(self.state.token, self.weights.embedding, self.residual)
+        for layer, weights in enumerate(self.weights.layers):
+            self._attend(weights.attention, self.cache[layer])
+            self._mix(weights, self._layer_mixtures[layer])
+        self.sample_residual(filtered=filtered)
+
+    def sample_residual(self, *, filtered: bool) -> None:
+        """Logits of the residual, then one draw; moves the request one step on."""
+        w = self.weights
+        gemv(self.residual, w.head, self.logits, norm=w.final_norm, eps=self.config.norm_eps)
+        sample(self.logits, self.state, filtered=filtered)
+
+    def _attend(self, w: AttentionWeights, cache: Tensor) -> None:
+        c = self.config
+        _project(self.residual, w.inputs, self._inputs, w.norm, c.norm_eps)
+        if w.query_norm is not None:
+            latent = self._inputs[: c.query_rank]
+            _project(latent, w.queries, self._queries, w.query_norm, INNER_EPS)
+        latent_query(
+            self._queries.view(c.num_heads, -1),
+            self._latent,
+            w.latent_norm,
+            w.projection,
+            self.rope,
+            self.state.position,
+            cache,
+            self._query,
+            eps=INNER_EPS,
+        )
+        latent_attention_decode(
+            self._query,
+            cache,
+            self.state.position,
+            w.projection,
+            self._attention,
+            scale=c.attention_scale,
+            acc=self._split_acc,
+            stats=self._split_stats,
+        )
+        gemv(self._attention.view(-1), w.out, self.residual, add=True)
+
+    def _mix(self, w: LayerWeights, mixtures: Sequence[Mixture]) -> None:
+        c = self.config
+        first, last = mixtures[0], mixtures[-1]
+        if w.router is None or first.packed is not last.packed:
+            norm_and_pack(self.residual, w.mlp_norm, last.packed, eps=c.norm_eps)
+        if w.router is not None:
+            grouped_router(
+                self.residual,
+                w.mlp_norm,
+                w.router,
+                w.router_bias,
+                eps=c.norm_eps,
+                sigmoid=c.family != "deepseek_v2",
+                num_groups=c.num_expert_groups,
+                num_limited=c.num_limited_groups,
+                normalized=c.normalized,
+                scale=c.routed_scale,
+                logits=self._router_logits,
+                ticket=self._router_ticket,
+                expert_ids=first.ids,
+                expert_weights=first.weights,
+                packed=first.packed,
+            )
+        for m in mixtures:
+            moe_gate_up(m.packed, m.experts.gate_up, None, m.ids, m.hidden, PLAIN_GATE)
+        for m in mixtures:
+            moe_down(m.hidden, m.experts.down, None, m.ids, m.weights, self.residual)
+
+    def _mixtures(self, w: LayerWeights) -> list[Mixture]:
+        """The layer's stacks with the buffers of a token: routed experts first, if it has any."""
+        c, device = self.config, self.residual.device
+        count = w.always.gate_up.shape[0]
+        stacks = [("always", w.always, count)]
+        if w.routed is not None:
+            stacks.insert(0, ("routed", w.routed, c.experts_per_token))
+        found = []
+        for name, experts, count in stacks:
+            outer, inner = experts.gate_up.format, experts.down.format
+            packed_key = (takes_digits(outer),)
+            if packed_key not in self._vectors:
+                self._vectors[packed_key] = packed_vectors(outer, 1, c.model_width, device)
+            hidden_key = (name, takes_digits(inner), count, experts.width)
+            if hidden_key not in self._vectors:
+                unscale = 1.0 / activation_scale(PLAIN_GATE.limit)
+                hidden = packed_vectors(inner, count, experts.width, device, unscale)
+                self._vectors[hidden_key] = hidden
+            ids, weights = self._expert_ids, self._expert_weights
+            if name == "always":
+                ids = torch.arange(count, dtype=torch.int32, device=device)
+                weights = torch.ones(count, device=device)
+            vectors = self._vectors[packed_key], self._vectors[hidden_key]
+            found.append(Mixture(experts, *vectors, ids, weights))
+        return found
+
+
+def _project(x: Tensor, weights: Sequence[Matrix], out: Tensor, norm: Tensor, eps: float) -> None:
+    """Projections of the same normed vector, one after the other in `out`."""
+    first = 0
+    for weight in weights:
+        rows = weight.shape[0]
+        gemv(x, weight, out[first : first + rows], norm=norm, eps=eps)
+        first += rows
