@@ -84,9 +84,9 @@ def _warm_up(
     model: str | None, revision: str | None, device: str, max_context: int | None, as_json: bool
 ) -> None:
     """Compile ahead, with a line for each model and dense format as soon as it is done."""
-    # Slow imports: torch and triton.
-    import torch
+    import torch  # slow import
 
+    # Slow imports: torch and triton.
     from moe_runtime.backends import parse_device
     from moe_runtime.warm_up import known_models, model_of, warm_up
 

@@ -121,7 +121,7 @@ def test_every_option_reaches_the_request(model, capsys):
     args = (
         "--max-tokens 7 --temperature 0.5 --top-p 0.9 --top-k 40 --min-p 0.1 "
         "--repetition-penalty 1.2 --seed 11 --revision v1 --device cpu --backend reference "
-        "--max-context 64"
+        "--max-context 64 --dense-format fp8"
     )
     assert cli.run(["generate", "some/model", "-p", "hello", *args.split()]) == 0
     _, sampling, max_new_tokens, _ = model.backend.requests[0]
@@ -130,7 +130,7 @@ def test_every_option_reaches_the_request(model, capsys):
     assert (sampling.min_p, sampling.repetition_penalty, sampling.seed) == (0.1, 1.2, 11)
     assert model.arguments == {
         "name": "some/model", "revision": "v1", "device": "cpu", "backend": "reference",
-        "max_context": 64,
+        "dense_format": "fp8", "max_context": 64,
     }  # fmt: skip
 
 

@@ -609,7 +609,7 @@ def opened(monkeypatch, tmp_path):
 def test_from_pretrained(opened):
     model = MoeModel.from_pretrained(
         "owner/name", revision="v1", device="cpu", backend="reference", dtype="fp32",
-        max_context=64, local_files_only=True, progress=False,
+        dense_format="fp8", max_context=64, local_files_only=True, progress=False,
     )  # fmt: skip
     name, arguments = opened.calls["resolve"]
     assert name == "owner/name"
@@ -617,10 +617,12 @@ def test_from_pretrained(opened):
     assert "demo" in arguments["bundled"]
     args, arguments = opened.calls["create_backend"]
     assert args[0] is opened.checkpoint and args[1].config is opened.config
+    times = arguments.pop("times")
     assert arguments == {
         "device": "cpu", "backend": "reference", "dtype": "fp32", "max_context": 64,
-        "activations": "exact", "progress": False,
+        "dense_format": "fp8", "activations": "exact", "progress": False,
     }  # fmt: skip
+    assert model.start_times is times.seconds and model.start_times["open"] > 0
     out = model.generate([1])
     assert (out.token_ids, out.finish_reason) == ([4, 5], "stop")
     assert out.timings.load_s > 0
@@ -643,5 +645,5 @@ def test_bad_max_context(opened, value):
 
 
 def test_later_options_are_not_accepted_yet():
-    with pytest.raises(TypeError, match="dense_format"):
-        MoeModel.from_pretrained("demo", dense_format="fp8")
+    with pytest.raises(TypeError, match="kv_format"):
+        MoeModel.from_pretrained("demo", kv_format="fp8")
