@@ -1,11 +1,13 @@
-"""Write a full-size GPT-OSS checkpoint of random weights in the published format.
+"""Write a full-size GPT-OSS or DeepSeek checkpoint of random weights in the published format.
 
     python benchmarks/write_random_checkpoint.py --shape 20b --output /dev/shm/gpt-oss-20b
+    python benchmarks/write_random_checkpoint.py --shape v2-lite --format fp8 --output /dev/shm/v2
+    python benchmarks/write_random_checkpoint.py --shape v3 --layers 6 --output /dev/shm/v3
 
 Numbers are drawn on the GPU if there is one and written by several threads. Dense weights are
-normal with deviation 0.02, norms 1, biases and sinks normal with 0.1, MXFP4 codes uniform, scale
-bytes 119 to 121 (weights of about 0.02): nothing is zero, nothing overflows. There is no tokenizer:
-such a checkpoint takes and gives token ids.
+normal with deviation 0.02, norms 1, biases and sinks normal with 0.1, codes of FP4 and FP8 uniform
+with scales that make weights of about 0.02: nothing is zero, nothing overflows. There is no
+tokenizer: such a checkpoint takes and gives token ids.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import random_deepseek
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -29,7 +32,13 @@ HEADS, KV_HEADS, HEAD_WIDTH = 64, 8, 64
 SHARD_BYTES = 5_000_000_000
 CHUNK_BYTES = 64 << 20
 NUM_THREADS = 12
-DTYPES = {"BF16": (torch.bfloat16, 2), "U8": (torch.uint8, 1)}
+DTYPES = {
+    "BF16": (torch.bfloat16, 2),
+    "F32": (torch.float32, 4),
+    "F8_E4M3": (torch.uint8, 1),
+    "U8": (torch.uint8, 1),
+}
+_E4M3_NAN = 127  # of either sign
 
 
 @dataclass(frozen=True)
@@ -39,7 +48,7 @@ class Entry:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    kind: str  # weight, norm, small, codes or scales
+    kind: str  # see draw
 
     @property
     def nbytes(self) -> int:
@@ -139,6 +148,11 @@ def draw(kind: str, dtype: str, items: int, seed: int, device: torch.device) -> 
         numbers = torch.randint(0, 256, (items,), dtype=torch.uint8, **place)
     elif kind == "scales":
         numbers = torch.randint(119, 122, (items,), dtype=torch.uint8, **place)
+    elif kind == "e4m3":
+        codes = torch.randint(0, 256, (items,), dtype=torch.uint8, **place)
+        numbers = codes.masked_fill_((codes & 127) == _E4M3_NAN, 0)
+    elif kind == "block scales":  # uniform codes have a deviation of 116
+        numbers = (1.0 + torch.rand(items, **place)) * (0.02 / 1.5 / 116)
     elif kind == "norm":
         numbers = torch.ones(items, dtype=DTYPES[dtype][0], device=device)
     else:
@@ -206,19 +220,31 @@ def write_shard(
     os.close(file)
 
 
+def described(shape: str, layers: int | None, format: str | None) -> tuple[list[Entry], dict, dict]:
+    """Tensors, config.json and generation_config.json."""
+    deepseek = random_deepseek.SHAPES.get(shape)
+    if deepseek is not None:
+        sizes = (deepseek, layers or deepseek.layers, format or deepseek.format)
+        found = [Entry(*tensor) for tensor in random_deepseek.tensors(*sizes)]
+        return found, random_deepseek.config(*sizes), {"eos_token_id": 1}
+    published, experts = SHAPES[shape]
+    layers = layers or published
+    generation = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
+    return entries(layers, experts), config(layers, experts), generation
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=SHAPES, default="20b")
+    parser.add_argument("--shape", choices=(*SHAPES, *random_deepseek.SHAPES), default="20b")
+    parser.add_argument("--format", choices=("bf16", "fp8"), help="of DeepSeek's weights")
     parser.add_argument("--layers", type=int, help="fewer layers than published, to try things out")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    layers, experts = SHAPES[options.shape]
-    layers = options.layers or layers
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = entries(layers, experts)
+    found, settings, generation = described(options.shape, options.layers, options.format)
     total = sum(entry.nbytes for entry in found)
     options.output.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(options.output).free
@@ -238,8 +264,7 @@ def main() -> None:
             weight_map |= {entry.name: name for entry in part}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (options.output / "model.safetensors.index.json").write_text(json.dumps(index))
-    (options.output / "config.json").write_text(json.dumps(config(layers, experts), indent=1))
-    generation = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
+    (options.output / "config.json").write_text(json.dumps(settings, indent=1))
     (options.output / "generation_config.json").write_text(json.dumps(generation))
 
 
