@@ -195,7 +195,10 @@ class BenchReport:
                  f"{'measured read bandwidth':32}{self.read_gbps:10.0f} GB/s"]  # fmt: skip
         for m in self.measurements:
             label = f"{m.metric} @ {m.context}"
-            value = f"{100 * m.value:10.1f} %" if m.unit == "share" else f"{m.value:10.1f} {m.unit}"
+            digits = 2 if m.unit == "s" else 1
+            value = f"{m.value:10.{digits}f} {m.unit}"
+            if m.unit == "share":
+                value = f"{100 * m.value:10.1f} %"
             lines.append(f"{label:32}{value}")
         tables = [roofline.table() for roofline in self.rooflines]
         return "\n\n".join(["\n".join(lines), *tables])
