@@ -103,8 +103,8 @@ class Table:
     def remarks(self, contexts: list[int]) -> Iterator[str]:
         """What the table does not say: long contexts against the shortest, the parts of a start."""
         for model, _, dense in self._ours():
-            rates = {c: self.find(model, dense, False, "decode_tokens_per_s", c) for c in contexts}
-            rates = {context: rate for context, rate in rates.items() if rate}
+            found = {c: self.find(model, dense, False, "decode_tokens_per_s", c) for c in contexts}
+            rates = {context: rate for context, rate in found.items() if rate}
             for context, rate in list(rates.items())[1:]:
                 share = 100 * rate / next(iter(rates.values()))
                 yield f"{model} {dense}: context {context} at {share:.1f} % of {next(iter(rates))}"
