@@ -1,0 +1,109 @@
+"""DeepSeek V2 and V3 on a GPU: tiny models as they are published, against the reference backend.
+
+Heads, latents and blocks have the published widths, so that the kernels are those of the published
+models. Random weights magnify the rounding of bf16, so there is a comparison in fp32 too.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+
+from loaders.checkpoint import open_folder
+from loaders.weights import load_weights
+from moe_runtime import MoeModel
+from moe_runtime.models.registry import plan_model
+from moe_runtime.plan import MemoryPlan, weights_by_component
+from moe_runtime.sampling import SamplingParams
+from moe_runtime.triton_backend import TritonBackend
+from tests.oracles.tiny_deepseek import V2_LITE, Sizes, write_tiny_deepseek
+from tests.tolerances import TIE_MARGIN, assert_close
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+PUBLISHED = {"heads": 16, "latent": 512, "rotary": 64, "nope": 128, "value": 128, "vocab": 512}
+V3 = replace(Sizes(), **PUBLISHED, d=256, query_rank=128, f=128, w=400)
+LITE = replace(V2_LITE, **PUBLISHED, d=256, w=400)
+CASES = {"v3-fp8": (V3, "fp8"), "v3-fp8_e8m0": (V3, "fp8_e8m0"), "v2-bf16": (LITE, "bf16")}
+IDS = torch.randint(0, 512, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+
+
+@pytest.fixture(scope="module", params=CASES)
+def models(request, tmp_path_factory):
+    sizes, format = CASES[request.param]
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny_deepseek(folder, sizes, format=format)
+    with (
+        MoeModel.from_pretrained(folder, device="cpu", backend="reference") as reference,
+        MoeModel.from_pretrained(folder, device="cuda", backend="triton") as ours,
+    ):
+        yield folder, reference, ours
+
+
+def test_prefill(models):
+    _, reference, ours = models
+    assert_close(ours.logits(IDS), reference.logits(IDS), "model_bf16_random")
+
+
+def test_steps_against_teacher_forced_logits(models):
+    """Tokens are the reference's best up to bf16, and their probabilities agree."""
+    _, reference, ours = models
+    out = ours.generate(IDS, max_new_tokens=60, temperature=0.0, ignore_eos=True, logprobs=1)
+    logits = reference.logits(IDS + out.token_ids)[len(IDS) - 1 : -1]
+    taken = logits.gather(-1, torch.tensor(out.token_ids)[:, None])[:, 0]
+    # Random weights: a tie of the reference's within what bf16 moves.
+    assert (logits.max(-1).values - taken).max() <= 5 * TIE_MARGIN
+    expected = logits.log_softmax(-1).gather(-1, torch.tensor(out.token_ids)[:, None])[:, 0]
+    actual = torch.tensor([entry.logprob for entry in out.logprobs])
+    assert_close(actual.exp(), expected.exp(), "model_bf16_random")
+
+
+@pytest.mark.parametrize("case", ["v3-fp8", "v2-bf16"])
+def test_in_fp32(tmp_path, case):
+    """Plain weights but those of experts, cache and activations in fp32: an error of 1 % shows."""
+    sizes, format = CASES[case]
+    write_tiny_deepseek(tmp_path, replace(sizes, latent=128, layers=2), format=format)
+    checkpoint = open_folder(tmp_path)
+    opened = plan_model(checkpoint)
+    config = opened.config
+    weights = load_weights(
+        checkpoint, opened.table, config.dims, config.num_layers, device="cuda", progress=False
+    )
+    for name, weight in weights.items():
+        is_expert = name.endswith(("gate_up", "down", "gate", "up"))
+        if isinstance(weight, torch.Tensor) and not is_expert:
+            weights[name] = weight.float()
+    plan = MemoryPlan(config, weights_by_component(opened.plan.nbytes), 256)
+    backend = TritonBackend(config, weights, plan, torch.device("cuda"), cache_dtype=torch.float32)
+    ids = IDS[:100]
+    greedy = SamplingParams(temperature=0.0)
+    tokens = [t.token_id for t in backend.decode(ids, greedy, max_new_tokens=5)]
+    torch.cuda.synchronize()
+    last = backend._step.logits.clone()
+    with MoeModel.from_pretrained(tmp_path, device="cpu", backend="reference") as reference:
+        expected = reference.logits(ids + tokens)
+    assert_close(last, expected[len(ids) + 3], "moe_gemv_mxfp4")
+    assert_close(backend.logits(ids), expected[: len(ids)], "moe_gemm_mxfp4_bf16")
+
+
+def test_the_same_seed_gives_the_same_tokens(models):
+    _, _, ours = models
+    runs = [
+        ours.generate(IDS, max_new_tokens=30, temperature=1.0, seed=7, top_p=p).token_ids
+        for p in (1.0, 1.0, 0.9, 0.9)
+    ]
+    assert runs[0] == runs[1] and runs[2] == runs[3] and runs[0] != runs[2]
+
+
+def test_nothing_compiles_after_load(models, monkeypatch):
+    _, _, ours = models
+    missing = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_cache_hook", lambda **found: missing.append(found["repr"])
+    )
+    for length in (1, 5, 33, 130, 700):
+        ours.generate([5] * length, max_new_tokens=3, temperature=0.0, ignore_eos=True)
+    ours.generate(IDS, max_new_tokens=3, top_k=5, top_p=0.9, min_p=0.01, logprobs=3)
+    ours.logits([5] * 40)
+    assert missing == []
