@@ -1,9 +1,9 @@
 """The chosen experts of one token with 4-bit weights, on integer tensor cores.
 
-E2M1 values times two are integers, and so is the token's vector in digits (kernels/packed_vector.py):
-mma.m16n8k32 multiplies them exactly. A tile has 16 rows; its eight columns are four groups of 32
-numbers times two digits. Lane 4 r + c of a warp loads 16 bytes, the 32 codes of group c of a step,
-of two rows, and gets the sums of that group for both:
+E2M1 values times two are integers, and so is the token's vector as digits, which are described in
+kernels/packed_vector.py: mma.m16n8k32 multiplies them exactly. A tile has 16 rows; its eight
+columns are four groups of 32 numbers times two digits. Lane 4 r + c of a warp loads 16 bytes, the
+32 codes of group c of a step, of two rows, and gets the sums of that group for both:
 
     A   row r, columns of lane c: codes of its group; word i of the 16 bytes goes to product i
     B   column 2 j + d: digit d of group j where j = c, else zero, so that groups do not mix
@@ -38,6 +38,7 @@ _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 _HALF = tl.constexpr(0.5)  # codes are looked up as twice their value
 _BASE = tl.constexpr(256)  # of digits
 
+
 @dataclass(frozen=True)
 class Tile:
     """How many warps share a row's columns, and how many steps a warp asks for ahead."""
@@ -46,8 +47,8 @@ class Tile:
     ahead: int
 
 
-GATE_UP = Tile(2, 4)
-DOWN = Tile(2, 4)
+GATE_UP = Tile(1, 4)
+DOWN = Tile(2, 3)
 _GATE_UP_ROWS = 64  # of a program: their activations are one group of digits
 _DOWN_ROWS = 16
 
@@ -62,7 +63,7 @@ def _step_ptx(scales_a_row: int) -> str:
     sums = 20 + 8 * scales_a_row
     table = f"${sums + 4}, ${sums + 8}"
     lines = ["{", ".reg .b32 a<8>, t<4>, p<4>, n<4>, z; .reg .f32 f, g, ff, fg; mov.b32 z, 0;"]
-    lines += ["mov.f32 f, $%d; mov.f32 g, $%d;" % (sums, sums + 1)]
+    lines += [f"mov.f32 f, ${sums}; mov.f32 g, ${sums + 1};"]
     for word in range(4):
         first, second = f"${4 + word}", f"${8 + word}"
         begins = word % (4 // scales_a_row) == 0
@@ -100,7 +101,7 @@ _STEP_CONSTRAINTS_HALVES = tl.constexpr(",".join(["=&f"] * 4 + ["r"] * 16 + ["f"
 
 
 @triton.jit
-def _load_step(
+def _load_rows(
     words_ptr, scales_ptr, first, second, group, good, G: tl.constexpr, SCALES: tl.constexpr
 ):
     """Words [T, 4] and scales of one group of two rows."""
@@ -111,6 +112,17 @@ def _load_step(
     s = tl.load(scales_ptr + first * G + group, mask=good, other=0)
     u = tl.load(scales_ptr + second * G + group, mask=good, other=0)
     return a, b, s, u
+
+
+@triton.jit
+def _load_digits(x_ptr, unscale_ptr, place, group, good, T: tl.constexpr, SCALES: tl.constexpr):
+    """Digits of the lane's group for the tile's columns, [T, 4] words twice, and its unscale."""
+    unscale = tl.load(unscale_ptr + group, mask=good, other=0.0)
+    if _INTERPRETED:
+        return unscale, unscale, unscale
+    else:
+        x = x_ptr.to(tl.pointer_type(tl.int32)) + place[:, None] + tl.arange(0, 4)[None, :]
+        return tl.load(x), tl.load(x + 4), unscale
 
 
 @triton.jit
@@ -135,14 +147,12 @@ def _add_step(
     b,
     s,
     u,
+    x0,
+    x1,
+    size,
     x_ptr,  # digits [n, 2, 32 G]
     vector,  # [T] which of them the lane's rows are multiplied with
-    x_place,  # [T] word of the lane's digits in step 0, from x_ptr
-    x_stride,  # [T] words from step to step; zero for lanes that read zeros
-    unscale_ptr,  # [G]
-    step,
     group,
-    good,
     zero,  # [T] zeros of which the compiler knows nothing
     T: tl.constexpr,
     G: tl.constexpr,
@@ -150,7 +160,6 @@ def _add_step(
 ):
     """The sums with one step more."""
     HALVES: tl.constexpr = SCALES == "e4m3"
-    size = tl.load(unscale_ptr + group, mask=good, other=0.0)
     if HALVES:
         s0 = decode_scale(s & 0xFF, SCALES) * size
         s1 = decode_scale((s >> 8) & 0xFF, SCALES) * size
@@ -160,7 +169,7 @@ def _add_step(
         s0 = decode_scale(s, SCALES) * size
         u0 = decode_scale(u, SCALES) * size
     if _INTERPRETED:
-        at = (vector * 2 * G + tl.where(good, group, 0)) * 32
+        at = (vector * 2 * G + tl.where(group < G, group, 0)) * 32
         if HALVES:
             one = _plain_dots(a, x_ptr, x_ptr + 32 * G, at, 0, 2) * s0
             one += _plain_dots(a, x_ptr, x_ptr + 32 * G, at, 2, 4) * s1
@@ -172,10 +181,6 @@ def _add_step(
         column = tl.arange(0, 4)[None, :]
         return sums + tl.where(column % 2 == 0, one[:, None], two[:, None])
     else:
-        i = tl.arange(0, 4)
-        x = x_ptr.to(tl.pointer_type(tl.int32)) + (x_place + step * x_stride)[:, None] + i[None, :]
-        x0 = tl.load(x)
-        x1 = tl.load(x + 4)
         # Tables of constants would be moved into registers again for every look-up.
         low = tl.broadcast_to((zero + 0x03020100)[:, None], (T, 4))
         high = tl.broadcast_to((zero + 0x0C080604)[:, None], (T, 4))
@@ -243,34 +248,49 @@ def _row_sums(
     t = tl.arange(0, T)
     c = t % 4
     x_place, x_stride = _places(t, vector, X_ZERO, G)
-    ahead = ()
+    rows = ()
     for i in tl.static_range(AHEAD):
         group = (begin + i) * 4 + c
         here = good & (group < G) & (i < STEPS)
-        ahead = ahead + (  # type: ignore[assignment]
-            _load_step(words_ptr, scales_ptr, first, second, group, here, G, SCALES),
+        rows = rows + (  # type: ignore[assignment]
+            _load_rows(words_ptr, scales_ptr, first, second, group, here, G, SCALES),
         )
     if WAIT:
         wait_for_front(EARLY)
         stamp(trace_ptr, 1)
+    vectors = ()
+    for i in tl.static_range(AHEAD):
+        step = begin + i
+        group = step * 4 + c
+        here = good & (group < G) & (i < STEPS)
+        place = x_place + tl.minimum(step, LAST) * x_stride
+        vectors = vectors + (  # type: ignore[assignment]
+            _load_digits(x_ptr, unscale_ptr, place, group, here, T, SCALES),
+        )
     sums = tl.zeros((T, 4), tl.float32)
     for step0 in range(0, STEPS, AHEAD):
-        following = ()
+        next_rows = ()
+        next_vectors = ()
         for i in tl.static_range(AHEAD):
             step = begin + (step0 + i)
             group = step * 4 + c
-            here = good & (group < G) & (step0 + i < STEPS)
-            a, b, s, u = ahead[i]
+            a, b, s, u = rows[i]
+            x0, x1, size = vectors[i]
             sums = _add_step(
-                sums, a, b, s, u, x_ptr, vector, x_place, x_stride, unscale_ptr,
-                tl.minimum(step, LAST), group, here, zero, T, G, SCALES,
-            )  # fmt: skip
-            group += 4 * AHEAD
-            here = good & (group < G) & (step0 + i + AHEAD < STEPS)
-            following = following + (  # type: ignore[assignment]
-                _load_step(words_ptr, scales_ptr, first, second, group, here, G, SCALES),
+                sums, a, b, s, u, x0, x1, size, x_ptr, vector, group, zero, T, G, SCALES
             )
-        ahead = following
+            step += AHEAD
+            group = step * 4 + c
+            here = good & (group < G) & (step0 + i + AHEAD < STEPS)
+            place = x_place + tl.minimum(step, LAST) * x_stride
+            next_rows = next_rows + (  # type: ignore[assignment]
+                _load_rows(words_ptr, scales_ptr, first, second, group, here, G, SCALES),
+            )
+            next_vectors = next_vectors + (  # type: ignore[assignment]
+                _load_digits(x_ptr, unscale_ptr, place, group, here, T, SCALES),
+            )
+        rows = next_rows
+        vectors = next_vectors
     return sums
 
 
@@ -279,7 +299,6 @@ def _rows_of(sums, T: tl.constexpr):
     """[T, 4] to the sums of the first rows and of the second, [T] both."""
     even, odd = tl.split(tl.reshape(sums, (T, 2, 2)))
     return tl.split(even)[0], tl.split(odd)[0]
-
 
 
 # A program computes 32 gate rows and their up rows of one chosen expert, and stores a group of 32
@@ -321,10 +340,16 @@ def _gate_up_kernel(
     # After the wait: then the kernel behind may read the chosen experts before its own.
     let_next_start(EARLY)
     expert = tl.load(ids_ptr + slot).to(tl.int64)
+    f = tl.program_id(0) * 32 + tl.arange(0, 32)
+    if bias_ptr is not None:
+        bias = bias_ptr + expert * (2 * F) + f * GATE_STEP
+        gate_bias = tl.load(bias).to(tl.float32)
+        up_bias = tl.load(bias + TO_UP).to(tl.float32)
     sums = _row_sums(
         words_ptr + expert * (2 * F * G * 4), scales_ptr + expert * (2 * F * G),
         gate_row, gate_row + TO_UP, gate_row < 2 * F, x_ptr, t * 0, unscale_ptr,
-        t // 128 * STEPS, t * 0 + (expert >> 63).to(tl.int32), X_ZERO, T, G, STEPS, SCALES, AHEAD, EARLY, False, trace_ptr,
+        t // 128 * STEPS, t * 0 + (expert >> 63).to(tl.int32),
+        X_ZERO, T, G, STEPS, SCALES, AHEAD, EARLY, False, trace_ptr,
     )  # fmt: skip
     gates, ups = _rows_of(sums, T)
     factor = _HALF
@@ -332,11 +357,9 @@ def _gate_up_kernel(
         factor *= tl.load(tensor_scale_ptr)
     gate = tl.sum(tl.sum(tl.reshape(gates, (PARTS, 32, 4)), axis=2), axis=0) * factor
     up = tl.sum(tl.sum(tl.reshape(ups, (PARTS, 32, 4)), axis=2), axis=0) * factor
-    f = tl.program_id(0) * 32 + tl.arange(0, 32)
     if bias_ptr is not None:
-        bias = bias_ptr + expert * (2 * F) + f * GATE_STEP
-        gate += tl.load(bias).to(tl.float32)
-        up += tl.load(bias + TO_UP).to(tl.float32)
+        gate += gate_bias
+        up += up_bias
     hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
     high, low, unscale = digits_of(hidden[None, :])
     out = out_ptr + slot * (2 * F) + f[None, :]
@@ -385,6 +408,10 @@ def _down_kernel(
     row = tl.program_id(0) * 16 + t % 32 // 4
     own = tl.where(used, slot, 0)
     first = expert * D + row
+    if bias_ptr is not None:
+        once = used & (part == 0) & (t % 4 == 0)
+        first_bias = tl.load(bias_ptr + first, mask=once, other=0.0).to(tl.float32)
+        second_bias = tl.load(bias_ptr + first + 8, mask=once, other=0.0).to(tl.float32)
     sums = _row_sums(
         words_ptr, scales_ptr, first, first + 8, used, x_ptr, own,
         unscale_ptr + own * G, part * STEPS,
@@ -397,9 +424,8 @@ def _down_kernel(
     one *= factor
     two *= factor
     if bias_ptr is not None:
-        once = used & (part == 0) & (t % 4 == 0)
-        one += tl.load(bias_ptr + first, mask=once, other=0.0).to(tl.float32)
-        two += tl.load(bias_ptr + first + 8, mask=once, other=0.0).to(tl.float32)
+        one += first_bias
+        two += second_bias
     one = tl.sum(tl.sum(tl.reshape(one * weight, (WARPS, 8, 4)), axis=2), axis=0)
     two = tl.sum(tl.sum(tl.reshape(two * weight, (WARPS, 8, 4)), axis=2), axis=0)
     out = out_ptr + tl.program_id(0) * 16 + tl.arange(0, 8)

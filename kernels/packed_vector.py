@@ -98,10 +98,9 @@ def activation_scale(limit: float | None) -> float:
     return 2.0 ** math.floor(math.log2(60000.0 / (limit * (limit + 1.0))))
 
 
-
 @triton.jit
 def _power_of_two(x, BITS: tl.constexpr):
-    """The power of two that brings x, at least 1e-30, to [2^BITS, 2^(BITS + 1)), and its inverse."""
+    """The power of two that brings x >= 1e-30 to [2^BITS, 2^(BITS + 1)), and its inverse."""
     exponent = (x.to(tl.int32, bitcast=True) >> 23) - 127
     scale = ((BITS - exponent + 127) << 23).to(tl.float32, bitcast=True)
     return scale, ((exponent - BITS + 127) << 23).to(tl.float32, bitcast=True)

@@ -61,7 +61,9 @@ def _router_kernel(
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.debug_barrier()
         expert = tl.arange(0, BLOCK_E)
-        logits = tl.load(logits_ptr + expert, mask=expert < E, other=float("-inf"), cache_modifier=".cg")
+        logits = tl.load(
+            logits_ptr + expert, mask=expert < E, other=float("-inf"), cache_modifier=".cg"
+        )
         others = tl.load(
             logits_ptr + expert[:, None], mask=(expert < E)[:, None], other=float("-inf"),
             cache_modifier=".cg",

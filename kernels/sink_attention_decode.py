@@ -16,7 +16,7 @@ from kernels.dependent_launch import early_start, let_next_start, stamp, wait_fo
 
 SPLITS = 32  # programs a kv head; short contexts leave most without work
 BLOCK_S = 128  # cached positions a program reads at a time
-# Shared memory for more stages would come out of the L1 cache, which the kernels around this one use.
+# Shared memory for more stages would come out of the L1 cache, which other kernels use.
 NUM_STAGES = 1
 
 

@@ -76,9 +76,7 @@ def _mma_s8(a: list[Tensor], b: list[Tensor], c: list[Tensor]) -> list[Tensor]:
         for i in range(2):
             right[16 * i + 4 * quarter + byte, row] = _signed_byte(b[i], byte)
     product = left @ right
-    return [
-        (product[row + 8 * (i // 2), 2 * quarter + i % 2] + c[i]) for i in range(4)
-    ]
+    return [(product[row + 8 * (i // 2), 2 * quarter + i % 2] + c[i]) for i in range(4)]
 
 
 def _signed_byte(bits: Tensor, which: int) -> Tensor:

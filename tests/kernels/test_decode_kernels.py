@@ -196,6 +196,8 @@ def test_attention(device, position, window, slots, heads, kv_heads, width):
         )
         results.append((out, *caches))
     expected, actual = results
-    assert_close(actual[0], expected[0], "attention" if dtype == torch.float32 else "attention_bf16")
+    assert_close(
+        actual[0], expected[0], "attention" if dtype == torch.float32 else "attention_bf16"
+    )
     for cached, wanted in zip(actual[1:], expected[1:], strict=True):
         assert_close(cached, wanted, "gemv" if dtype == torch.float32 else "bf16")
