@@ -10,6 +10,9 @@ if not torch.cuda.is_available():
 
 import pytest
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the processors
+    torch.set_num_threads(1)
+
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import torch
 
+from kernels.packed_vector import takes_digits
 from kernels.reference.rope_kv import rope_table
 from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan, PlannedWeight
@@ -33,10 +34,17 @@ def expert_formats(plan: LoadPlan) -> tuple[tuple[QuantFormat, QuantFormat], ...
         elif weight.format is not None:
             raise no_kernel(weight, "attention and head are run in bf16")
     gate_ups = [name for name in by_name if name.endswith(".gate_up")]
-    downs = [name.removesuffix("gate_up") + "down" for name in gate_ups]
-    return tuple(
-        dict.fromkeys((by_name[g], by_name[d]) for g, d in zip(gate_ups, downs, strict=True))
-    )
+    pairs = {
+        name: (by_name[name], by_name[name.removesuffix("gate_up") + "down"]) for name in gate_ups
+    }
+    for name, (gate_up, down) in pairs.items():
+        if takes_digits(gate_up) != takes_digits(down):
+            raise UnsupportedModelError(
+                f"{name} is in {gate_up.name} and down in {down.name}: "
+                "the GPU kernels want both in 4 bits or neither",
+                hint="use backend='reference' (slow)",
+            )
+    return tuple(dict.fromkeys(pairs.values()))
 
 
 def no_kernel(weight: PlannedWeight, what_is: str) -> UnsupportedModelError:

@@ -1,5 +1,7 @@
 """Choosing a backend: what is refused, and when kernels are compiled beside the loading."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -85,3 +87,15 @@ def test_dense_weights_without_gpu_kernels_are_named(tmp_path):
     with pytest.raises(UnsupportedModelError, match="no GPU kernels for it in fp8_block128") as no:
         gpt_oss.expert_formats(plan)
     assert "layers.0.attention.qkv" in no.value.message and "reference" in no.value.hint
+
+
+def test_4_bit_gate_up_and_8_bit_down_are_refused(tmp_path):
+    """The first half's kernel leaves its vector in the form that the second half's reads."""
+    write_with_experts(tmp_path, MXFP4.name, layers=1)
+    plan = plan_model(open_folder(tmp_path)).plan
+    weights = [
+        replace(weight, format=FORMATS["mxfp8"]) if weight.name.endswith(".down") else weight
+        for weight in plan.weights
+    ]
+    with pytest.raises(UnsupportedModelError, match="gate_up is in mxfp4 and down in mxfp8"):
+        gpt_oss.expert_formats(replace(plan, weights=tuple(weights)))
