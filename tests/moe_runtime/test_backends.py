@@ -93,9 +93,11 @@ def test_4_bit_gate_up_and_8_bit_down_are_refused(tmp_path):
     """The first half's kernel leaves its vector in the form that the second half's reads."""
     write_with_experts(tmp_path, MXFP4.name, layers=1)
     plan = plan_model(open_folder(tmp_path)).plan
-    weights = [
-        replace(weight, format=FORMATS["mxfp8"]) if weight.name.endswith(".down") else weight
-        for weight in plan.weights
-    ]
+    weights = []
+    for weight in plan.weights:
+        if weight.name.endswith(".down"):
+            tensor = replace(weight.pieces[0].tensor, format=FORMATS["mxfp8"])
+            weight = replace(weight, pieces=(replace(weight.pieces[0], tensor=tensor),))
+        weights.append(weight)
     with pytest.raises(UnsupportedModelError, match="gate_up is in mxfp4 and down in mxfp8"):
         gpt_oss.expert_formats(replace(plan, weights=tuple(weights)))
