@@ -18,7 +18,9 @@ from kernels.latent_cache import projection_parts, scales_kind
 from kernels.weight_formats import decode_scale
 from quant.tensor import QuantTensor
 
-BLOCK_S = 32  # cached rows that a program of the decode reads at a time
+BLOCK_S = 32  # cached rows that a program reads at a time
+# More rows of a program would not fit its registers: each has a sum for every column of a latent.
+_PREFILL_ROWS = 32
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -355,7 +357,7 @@ def latent_attention_prefill(
     tokens, heads, width = query.shape
     latent_width = out.shape[2]
     rotary = width - latent_width
-    block_m = 64
+    block_m = _PREFILL_ROWS
     if chosen is not None:
         block_m = min(block_m, heads)
         assert heads % block_m == 0 and block_m >= 16, heads
@@ -374,7 +376,7 @@ def latent_attention_prefill(
         BLOCK_M=block_m,
         BLOCK_L=triton.next_power_of_2(latent_width),
         BLOCK_P=max(16, triton.next_power_of_2(rotary)),
-        BLOCK_S=32,
+        BLOCK_S=BLOCK_S,
         num_warps=8,
         num_stages=2,
     )

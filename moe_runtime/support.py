@@ -51,6 +51,7 @@ SUPPORTED = (
     Support("gpt_oss", ANY, "bf16 or fp8", "triton", LEAST_CAPABILITY),
     Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
+    Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),

@@ -1,4 +1,4 @@
-"""DeepSeek V2 and V3 on our kernels: formats, assembly, and a run on zeros that compiles them."""
+"""DeepSeek V2 to V3.2 on our kernels: formats, assembly, and a run on zeros that compiles them."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from moe_runtime.gpu.deepseek_prefill import DeepseekPrefill
 from moe_runtime.gpu.deepseek_step import DeepseekStep
 from moe_runtime.gpu.deepseek_weights import ModelWeights
 from moe_runtime.gpu.gpt_oss import no_kernel
+from moe_runtime.gpu.latent_cache import LatentCache
 from moe_runtime.models.deepseek_config import DeepseekConfig
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.plan import PREFILL_CHUNK
@@ -86,29 +87,20 @@ def assemble(
 ) -> tuple[DeepseekStep, DeepseekPrefill]:
     """See gpu.families.Assemble."""
     model = ModelWeights.from_named(weights, config)
-    cache = allocate_cache(config, max_context, device, cache_dtype)
-    return _with_cache(config, model, cache, max_context)
-
-
-def allocate_cache(
-    config: DeepseekConfig, max_context: int, device: torch.device, dtype: torch.dtype
-) -> list[Tensor]:
-    """Per layer zeros [positions, L + P]: a token's latent, then its rotated key."""
-    width = config.latent_width + config.rotary_width
-    return [
-        torch.zeros((max_context, width), dtype=dtype, device=device)
-        for _ in range(config.num_layers)
-    ]
+    return _with_cache(
+        config, model, LatentCache.allocate(config, max_context, device, cache_dtype)
+    )
 
 
 def _with_cache(
-    config: DeepseekConfig, model: ModelWeights, cache: list[Tensor], max_context: int
+    config: DeepseekConfig, model: ModelWeights, cache: LatentCache
 ) -> tuple[DeepseekStep, DeepseekPrefill]:
     frequencies = inverse_frequencies(config.rope, config.rotary_width)
-    positions = torch.arange(max_context, device=model.embedding.device)
+    positions = torch.arange(cache.max_context, device=model.embedding.device)
     rope = rope_of(frequencies, config.rope_growth, positions)
-    step = DeepseekStep(config, model, cache, rope, max_context)
-    return step, DeepseekPrefill(config, model, cache, rope, min(PREFILL_CHUNK, max_context))
+    step = DeepseekStep(config, model, cache, rope)
+    chunk = min(PREFILL_CHUNK, cache.max_context)
+    return step, DeepseekPrefill(config, model, cache, rope, chunk)
 
 
 def compile_kernels(
@@ -137,8 +129,8 @@ def compile_kernels(
     for layer, kind in enumerate(kinds):
         weights |= {f"layers.{layer}.{w.name}": _zeros(w, config, device) for w in kind}
     model = ModelWeights.from_named(weights, small)
-    shared = allocate_cache(replace(config, num_layers=1), max_context, device, torch.bfloat16)
-    step, prefill = _with_cache(small, model, shared * len(kinds), max_context)
+    cache = LatentCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
+    step, prefill = _with_cache(small, model, cache)
     run_once(step, prefill, device)
 
 

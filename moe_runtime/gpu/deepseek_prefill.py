@@ -1,4 +1,4 @@
-"""Prefill of DeepSeek V2 and V3: the prompt through all layers, a chunk of tokens at a time.
+"""Prefill of DeepSeek V2 to V3.2: the prompt through all layers, a chunk of tokens at a time.
 
 Attention is in absorbed form here too, over the same cache as in decode: 3.4 times the operations
 of expanded keys and values, but nothing is expanded, and up to a few thousand tokens the experts
@@ -22,6 +22,7 @@ from torch.nn.functional import linear, silu
 from kernels.decode_blocks import decode_blocks
 from kernels.latent_attention import latent_attention_prefill
 from kernels.latent_cache import latent_cache
+from kernels.latent_index import index_choose, index_rows
 from kernels.moe_gemm import (
     add_expert_outputs,
     moe_gemm_down,
@@ -38,11 +39,13 @@ from moe_runtime.gpu.deepseek_weights import (
     Matrix,
     ModelWeights,
 )
+from moe_runtime.gpu.latent_cache import LatentCache
 from moe_runtime.layers.routing import choose_experts, limit_groups
-from moe_runtime.models.deepseek_config import DeepseekConfig
+from moe_runtime.models.deepseek_config import DeepseekConfig, Indexer
 from quant.codecs import decode
 from quant.tensor import QuantTensor
 
+_MAX_SCORES = 1 << 24  # of the indexer at once: bounds the memory
 _LEAST_SUM = 1e-20  # added to the sum of a token's weights
 
 
@@ -53,7 +56,7 @@ class DeepseekPrefill:
         self,
         config: DeepseekConfig,
         weights: ModelWeights,
-        cache: Sequence[Tensor],
+        cache: LatentCache,
         rope: tuple[Tensor, Tensor],
         chunk: int,
     ) -> None:
@@ -67,6 +70,8 @@ class DeepseekPrefill:
         most = max((_decoded_numel(w) for w in weights.layers), default=0)
         if isinstance(weights.head, QuantTensor):
             most = max(most, math.prod(weights.head.shape))
+        # A cache that the indexer would always choose whole needs none.
+        self._indexed = config.indexer is not None and cache.max_context > config.indexer.top_k
         self._decoded = torch.empty(most, dtype=self.dtype, device=device)
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
@@ -75,7 +80,7 @@ class DeepseekPrefill:
             self._position.fill_(start)
             x_TD = self.weights.embedding[token_ids[start : start + self.chunk]].float()
             for layer, weights in enumerate(self.weights.layers):
-                self._attend(weights.attention, self.cache[layer], x_TD)
+                self._attend(layer, weights.attention, x_TD, start)
                 self._mix(layer, weights, x_TD)
             yield x_TD
 
@@ -92,18 +97,25 @@ class DeepseekPrefill:
         for tokens in range(1, self.chunk + 1):
             rows = rows_per_block(tokens, c.experts_per_token, c.num_experts)
             lengths.setdefault(rows, tokens)
+        if c.indexer is not None and self._indexed:  # a chunk that does not see all before it
+            lengths[-1] = c.indexer.top_k + 1
         return list(lengths.values())
 
-    def _attend(self, w: AttentionWeights, cache: Tensor, x_TD: Tensor) -> None:
+    def _attend(self, layer: int, w: AttentionWeights, x_TD: Tensor, start: int) -> None:
         c = self.config
-        tokens = len(x_TD)
+        tokens, cache = len(x_TD), self.cache.latents[layer]
+        index = c.indexer or Indexer(0, 0, 0)
         cached_width = c.latent_width + c.rotary_width
         normed_TD = rms_norm(x_TD, w.norm, c.norm_eps, self.dtype)
         inputs = self._project(normed_TD, w.inputs)
-        queries, latent = inputs.split((inputs.shape[1] - cached_width, cached_width), dim=1)
+        query_width = inputs.shape[1] - index.width - cached_width
+        queries, index_key, latent = inputs.split((query_width, index.width, cached_width), dim=1)
         if w.query_norm is not None:
             queries = rms_norm(queries.float().contiguous(), w.query_norm, INNER_EPS, self.dtype)
             queries = self._project(queries, w.queries)
+        index_width = index.heads * index.width
+        queries, index_q = queries.split((queries.shape[1] - index_width, index_width), dim=1)
+        chosen = self._choose_tokens(layer, w, normed_TD, index_q, index_key, start)
         q_THC = queries.contiguous().view(tokens, c.num_heads, -1)
         query = cache.new_empty((tokens, c.num_heads, cached_width))
         projection_HXL = self._plain(w.projection).unflatten(0, (c.num_heads, -1))
@@ -121,10 +133,43 @@ class DeepseekPrefill:
             eps=INNER_EPS,
         )
         means_THL = query.new_empty((tokens, c.num_heads, c.latent_width))
-        latent_attention_prefill(query, cache, self._position, means_THL, scale=c.attention_scale)
+        latent_attention_prefill(
+            query, cache, self._position, means_THL, scale=c.attention_scale, chosen=chosen
+        )
         for_values_HLU = projection_HXL[:, c.nope_width :].transpose(1, 2)
         values_HTU = torch.bmm(means_THL.transpose(0, 1).to(self.dtype), for_values_HLU)
         x_TD += self._project(values_HTU.transpose(0, 1).flatten(1), (w.out,))
+
+    def _choose_tokens(
+        self,
+        layer: int,
+        w: AttentionWeights,
+        normed_TD: Tensor,
+        q: Tensor,
+        key: Tensor,
+        start: int,
+    ) -> Tensor | None:
+        """Cache the index keys; the tokens that each one of the chunk sees [T, C], None for all."""
+        if not self._indexed:
+            return None
+        index, v = self.config.indexer, w.indexer
+        assert index is not None and v is not None
+        tokens, end = len(q), start + len(q)
+        keys = self.cache.index_keys[layer]
+        query = keys.new_empty((tokens, index.heads, index.width))
+        raw = q.contiguous().view(query.shape), key.contiguous()
+        index_rows(*raw, v.norm, v.norm_bias, self.rope, self._position, keys, query)
+        if end <= index.top_k:
+            return None
+        weights = self._project(normed_TD, (v.head_weights,)).float()
+        chosen = torch.empty((tokens, index.top_k), dtype=torch.int32, device=q.device)
+        at_once = max(1, _MAX_SCORES // end)
+        for first in range(0, tokens, at_once):
+            some = slice(first, first + at_once)
+            scores = torch.empty((len(query[some]), end), device=q.device)
+            position = self._position + first
+            index_choose(query[some], weights[some], keys, position, scores, chosen[some])
+        return chosen
 
     def _mix(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
@@ -132,7 +177,7 @@ class DeepseekPrefill:
         normed_TD = rms_norm(x_TD, w.mlp_norm, c.norm_eps, torch.float32)
         rounded_TD = normed_TD.to(self.dtype)
         if router is not None and w.routed is not None:
-            ids_TK, weights_TK = self._choose(linear(normed_TD, router), w.router_bias)
+            ids_TK, weights_TK = self._choose_experts(linear(normed_TD, router), w.router_bias)
             block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
             routing = route_chosen(ids_TK, weights_TK, c.num_experts, block_rows)
             hidden = moe_gemm_gate_up(rounded_TD, w.routed.gate_up, None, routing, PLAIN_GATE)
@@ -140,7 +185,7 @@ class DeepseekPrefill:
         for expert in range(w.always.gate_up.shape[0]):
             self._add_gated(w.always, expert, rounded_TD, x_TD)
 
-    def _choose(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids [T, K] int32 and weights [T, K] fp32 of each token's experts."""
         c = self.config
         is_v2 = c.family == "deepseek_v2"

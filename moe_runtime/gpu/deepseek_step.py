@@ -1,8 +1,10 @@
-"""The decode step of DeepSeek V2 and V3: one token in, the next token out, without the host.
+"""The decode step of DeepSeek V2 to V3.2: one token in, the next token out, without the host.
 
 A layer with experts is 11 launches: three for the projections of the attention, three for the
 attention in the cache of latents, its output, the router, and two each for routed and for shared
-experts. On CUDA they are captured once as a graph and replayed.
+experts. V3.2's indexer takes four more. On CUDA all are captured once as a graph and replayed.
+
+H heads, L latent width, P rotary width, I index heads, J index width, C tokens that they choose.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from kernels.gemv import embedding, gemv
 from kernels.grouped_router import grouped_router, norm_and_pack
 from kernels.latent_attention import latent_attention_decode, num_splits
 from kernels.latent_cache import latent_query
+from kernels.latent_index import index_choose, index_rows
 from kernels.moe_gemv import moe_down, moe_gate_up
 from kernels.packed_vector import PackedVectors, activation_scale, packed_vectors, takes_digits
 from kernels.sampling import sample
@@ -29,7 +32,8 @@ from moe_runtime.gpu.deepseek_weights import (
     Matrix,
     ModelWeights,
 )
-from moe_runtime.models.deepseek_config import DeepseekConfig
+from moe_runtime.gpu.latent_cache import LatentCache
+from moe_runtime.models.deepseek_config import DeepseekConfig, Indexer
 
 INNER_EPS = 1e-6  # of norms within the attention, whatever the config says
 PLAIN_GATE = Swiglu()
@@ -46,10 +50,21 @@ class Mixture:
     weights: Tensor
 
 
+@dataclass(frozen=True)
+class IndexBuffers:
+    """The indexer's buffers for one token."""
+
+    raw_key: Tensor  # [1, J], as projected
+    raw_query: Tensor  # [1, I, J], as projected
+    query: Tensor  # [1, I, J] of the cache's dtype
+    head_weights: Tensor  # [1, I]
+    scores: Tensor  # [1, positions]
+    chosen: Tensor  # [1, C] int32
+
+
 class DeepseekStep(CapturedStep):
     """The kernels of one token.
 
-    cache: per layer [positions, L + P]: the latent of a token, then its rotated key
     rope:  cos and sin, [positions, P / 2] fp32
     """
 
@@ -57,14 +72,13 @@ class DeepseekStep(CapturedStep):
         self,
         config: DeepseekConfig,
         weights: ModelWeights,
-        cache: Sequence[Tensor],
+        cache: LatentCache,
         rope: tuple[Tensor, Tensor],
-        max_context: int,
     ) -> None:
         c = config
         device = weights.embedding.device
         self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
-        super().__init__(c.vocab_size, max_context, device)
+        super().__init__(c.vocab_size, cache.max_context, device)
 
         def buffer(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
@@ -72,10 +86,24 @@ class DeepseekStep(CapturedStep):
         cached_width = c.latent_width + c.rotary_width
         query_rows = c.num_heads * (c.nope_width + c.rotary_width)
         self.residual = buffer(c.model_width)
-        self._inputs = buffer((c.query_rank or query_rows) + cached_width)
-        self._queries = buffer(query_rows) if c.query_rank else self._inputs[:query_rows]
+        index = c.indexer or Indexer(0, 0, 0)
+        self._inputs = buffer((c.query_rank or query_rows) + index.width + cached_width)
+        self._from_latent = buffer(query_rows + index.heads * index.width)
+        queries = self._from_latent if c.query_rank else self._inputs
+        self._queries = queries[:query_rows].view(c.num_heads, -1)
         self._latent = self._inputs[-cached_width:]
-        self._query = buffer(c.num_heads, cached_width, dtype=cache[0].dtype)
+        self._query = buffer(c.num_heads, cached_width, dtype=cache.latents[0].dtype)
+        # A cache that the indexer would always choose whole needs none.
+        self._index: IndexBuffers | None = None
+        if c.indexer is not None and cache.max_context > index.top_k:
+            self._index = IndexBuffers(
+                raw_key=self._inputs[c.query_rank :][: index.width].view(1, -1),
+                raw_query=self._from_latent[query_rows:].view(1, index.heads, -1),
+                query=buffer(1, index.heads, index.width, dtype=cache.latents[0].dtype),
+                head_weights=buffer(1, index.heads),
+                scores=buffer(1, cache.max_context),
+                chosen=buffer(1, index.top_k, dtype=torch.int32),
+            )
         splits = num_splits(c.num_heads)
         self._split_acc = buffer(c.num_heads, splits, c.latent_width)
         self._split_stats = buffer(c.num_heads, splits, 2)
@@ -92,7 +120,7 @@ class DeepseekStep(CapturedStep):
         """Launch the kernels of one token."""
         embedding(self.state.token, self.weights.embedding, self.residual)
         for layer, weights in enumerate(self.weights.layers):
-            self._attend(weights.attention, self.cache[layer])
+            self._attend(layer, weights.attention)
             self._mix(weights, self._layer_mixtures[layer])
         self.sample_residual(filtered=filtered)
 
@@ -102,14 +130,16 @@ class DeepseekStep(CapturedStep):
         gemv(self.residual, w.head, self.logits, norm=w.final_norm, eps=self.config.norm_eps)
         sample(self.logits, self.state, filtered=filtered)
 
-    def _attend(self, w: AttentionWeights, cache: Tensor) -> None:
+    def _attend(self, layer: int, w: AttentionWeights) -> None:
         c = self.config
+        cache = self.cache.latents[layer]
         _project(self.residual, w.inputs, self._inputs, w.norm, c.norm_eps)
         if w.query_norm is not None:
             latent = self._inputs[: c.query_rank]
-            _project(latent, w.queries, self._queries, w.query_norm, INNER_EPS)
+            _project(latent, w.queries, self._from_latent, w.query_norm, INNER_EPS)
+        chosen = self._choose_tokens(layer, w)
         latent_query(
-            self._queries.view(c.num_heads, -1),
+            self._queries,
             self._latent,
             w.latent_norm,
             w.projection,
@@ -128,8 +158,22 @@ class DeepseekStep(CapturedStep):
             scale=c.attention_scale,
             acc=self._split_acc,
             stats=self._split_stats,
+            chosen=chosen,
         )
         gemv(self._attention.view(-1), w.out, self.residual, add=True)
+
+    def _choose_tokens(self, layer: int, w: AttentionWeights) -> Tensor | None:
+        """The cached tokens that the indexer lets the attention see, [C]; None: all."""
+        i = self._index
+        if i is None or w.indexer is None:
+            return None
+        eps = self.config.norm_eps
+        gemv(self.residual, w.indexer.head_weights, i.head_weights[0], norm=w.norm, eps=eps)
+        keys = self.cache.index_keys[layer]
+        position = self.state.position
+        norms = w.indexer.norm, w.indexer.norm_bias
+        index_rows(i.raw_query, i.raw_key, *norms, self.rope, position, keys, i.query)
+        return index_choose(i.query, i.head_weights, keys, position, i.scores, i.chosen)[0]
 
     def _mix(self, w: LayerWeights, mixtures: Sequence[Mixture]) -> None:
         c = self.config

@@ -40,16 +40,30 @@ class GatedExperts:
 
 
 @dataclass(frozen=True)
+class IndexWeights:
+    """What V3.2's indexer has besides its parts of AttentionWeights."""
+
+    head_weights: Matrix  # [I, D]
+    norm: Tensor  # of keys
+    norm_bias: Tensor
+
+
+@dataclass(frozen=True)
 class AttentionWeights:
-    """Multi-head latent attention."""
+    """Multi-head latent attention.
+
+    inputs:   of the normed residual, rows in order: queries or their latent, index keys, latent
+    queries:  of the queries' normed latent: queries, then index queries
+    """
 
     norm: Tensor
-    inputs: tuple[Matrix, ...]  # of the residual, rows in order: queries or their latent, latent
+    inputs: tuple[Matrix, ...]
     query_norm: Tensor | None  # of the queries' latent; None: the queries are in inputs
-    queries: tuple[Matrix, ...]  # of the queries' latent
+    queries: tuple[Matrix, ...]
     latent_norm: Tensor
     projection: Matrix  # [H * (N + U), L]: a head's rows for keys, then for values
     out: Matrix
+    indexer: IndexWeights | None
 
 
 @dataclass(frozen=True)
@@ -125,7 +139,18 @@ def _attention(
     weights: Weights, name: str, config: DeepseekConfig, dtype: torch.dtype
 ) -> AttentionWeights:
     query_norm = weights.pop(name + "query_norm", None)
+    index = name + "indexer."
     from_residual = ["query" if query_norm is None else "query_a", "latent_a"]
+    from_latent = [] if query_norm is None else ["query_b"]
+    indexer = None
+    if config.indexer is not None:
+        from_residual.insert(1, "indexer.key")
+        from_latent.append("indexer.query")
+        indexer = IndexWeights(
+            weights.pop(index + "head_weights"),
+            plain(weights.pop(index + "norm")),
+            plain(weights.pop(index + "norm_bias")),
+        )
     projection = weights.pop(name + "latent_b")
     if not can_project(projection, config.nope_width, config.value_width):
         assert isinstance(projection, QuantTensor)
@@ -134,16 +159,17 @@ def _attention(
         norm=plain(weights.pop(name + "norm")),
         inputs=rows_joined([weights.pop(name + part) for part in from_residual]),
         query_norm=None if query_norm is None else plain(query_norm),
-        queries=() if query_norm is None else (weights.pop(name + "query_b"),),
+        queries=rows_joined([weights.pop(name + part) for part in from_latent]),
         latent_norm=plain(weights.pop(name + "latent_norm")),
         projection=projection,
         out=weights.pop(name + "out"),
+        indexer=indexer,
     )
 
 
 def rows_joined(parts: list[Matrix]) -> tuple[Matrix, ...]:
     """Matrices of the same columns under each other, in as few as their formats allow."""
-    joined = [parts[0]]
+    joined = parts[:1]
     for part in parts[1:]:
         whole = _under_each_other(joined[-1], part)
         joined[-1:] = [joined[-1], part] if whole is None else [whole]

@@ -78,4 +78,5 @@ GPU_FAMILIES: Mapping[str, GpuFamily] = {
     "gpt_oss": GpuFamily(gpt_oss.expert_formats, gpt_oss.assemble, gpt_oss.compile_kernels),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
+    "deepseek_v32": _DEEPSEEK,
 }

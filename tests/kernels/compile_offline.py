@@ -27,10 +27,12 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from kernels import (
+    decode_blocks,
     gemv,
     grouped_router,
     latent_attention,
     latent_cache,
+    latent_index,
     moe_gemm,
     moe_gemv,
     moe_routing,
@@ -209,21 +211,16 @@ def run_read_bandwidth(s: Sizes) -> None:
 
 
 DEEPSEEK_V3 = Sizes(7168, 2048, 128, 1, 576, 256, 8, 0, 129280, 4096)
-V2_LITE = Sizes(2048, 1408, 16, 1, 576, 64, 6, 0, 102400, 4096)
-
-
-def deepseek_sizes(s: Sizes) -> Sizes:
-    """The DeepSeek model that stands for a row's large and tiny sizes."""
-    return DEEPSEEK_V3 if s is GPT_OSS_20B else V2_LITE
 
 
 def run_latent_attention(s: Sizes) -> None:
-    s = deepseek_sizes(s)
+    """Attention over chosen rows takes more registers than over all."""
+    if s is not GPT_OSS_20B:
+        return
+    s = DEEPSEEK_V3
     cache, position, query = empty(s.context, 576), int32(1), empty(s.H, 576)
     rope = fp32(s.context, 32), fp32(s.context, 32)
     projection = experts_in(FP8_BLOCK128, 1, s.H * 256, 512)[0]
-    if s is V2_LITE:
-        projection = empty(s.H * 256, 512)
     splits = latent_attention.num_splits(s.H)
     latent_cache.latent_query(
         fp32(s.H, 192), fp32(576), empty(512), projection, rope, position, cache, query, eps=1e-6
@@ -232,38 +229,53 @@ def run_latent_attention(s: Sizes) -> None:
     latent_cache.latent_cache(
         empty(300, s.H, 192), empty(300, 576), empty(512), rope, position, cache, tokens, eps=1e-6
     )
-    for chosen, chosen_of_each in ((None, None), (int32(2048), int32(300, 2048))):
-        latent_attention.latent_attention_decode(
-            query, cache, position, projection, fp32(s.H, 128), scale=0.1,
-            acc=fp32(s.H, splits, 512), stats=fp32(s.H, splits, 2), chosen=chosen,
-        )  # fmt: skip
-        latent_attention.latent_attention_prefill(
-            tokens, cache, position, empty(300, s.H, 512), scale=0.1, chosen=chosen_of_each
-        )
+    latent_attention.latent_attention_decode(
+        query, cache, position, projection, fp32(s.H, 128), scale=0.1,
+        acc=fp32(s.H, splits, 512), stats=fp32(s.H, splits, 2), chosen=int32(2048),
+    )  # fmt: skip
+    latent_attention.latent_attention_prefill(
+        tokens, cache, position, empty(300, s.H, 512), scale=0.1, chosen=int32(300, 2048)
+    )
+
+
+def run_latent_index(s: Sizes) -> None:
+    if s is not GPT_OSS_20B:
+        return
+    context, position = 32768, int32(1)
+    cache, query = empty(context, 128), empty(1, 64, 128)
+    latent_index.index_rows(
+        fp32(1, 64, 128), fp32(1, 128), fp32(128), fp32(128),
+        (fp32(context, 32), fp32(context, 32)), position, cache, query,
+    )  # fmt: skip
+    latent_index.index_choose(
+        query, fp32(1, 64), cache, position, fp32(1, context), int32(1, 2048)
+    )
 
 
 def run_grouped_router(s: Sizes) -> None:
-    s = deepseek_sizes(s)
-    is_v3 = s is DEEPSEEK_V3
+    if s is not GPT_OSS_20B:
+        return
+    s = DEEPSEEK_V3
     packed = packed_vectors(FP8_BLOCK128, 1, s.D, META)
     grouped_router.grouped_router(
-        fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E) if is_v3 else None,
-        eps=1e-6, sigmoid=is_v3, num_groups=8 if is_v3 else 1, num_limited=4 if is_v3 else 1,
-        normalized=is_v3, scale=2.5, logits=fp32(s.E), ticket=int32(1), expert_ids=int32(s.K),
-        expert_weights=fp32(s.K), packed=packed,
+        fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E), eps=1e-6, sigmoid=True, num_groups=8,
+        num_limited=4, normalized=True, scale=2.5, logits=fp32(s.E), ticket=int32(1),
+        expert_ids=int32(s.K), expert_weights=fp32(s.K), packed=packed,
     )  # fmt: skip
     grouped_router.norm_and_pack(fp32(s.D), empty(s.D), packed, eps=1e-6)
 
 
-def run_gemv_blocks(s: Sizes) -> None:
-    s = deepseek_sizes(s)
-    for format in (FP8_BLOCK128, FP8_BLOCK128_E8M0):
-        for rows, columns in ((2112, s.D), (s.H * 192, 1536), (s.D, s.H * 128)):
-            weight = experts_in(format, 1, rows, columns)[0]
-            gemv.gemv(fp32(columns), weight, fp32(rows), norm=empty(columns), eps=1e-6)
-    gemv.gemv(fp32(columns), weight, fp32(rows), add=True)
+def run_fp8_blocks(s: Sizes) -> None:
+    """Rows of two lengths; and plain rows that are longer than GPT-OSS has."""
+    if s is not GPT_OSS_20B:
+        return
+    s = DEEPSEEK_V3
+    weight = experts_in(FP8_BLOCK128, 1, 2112, s.D)[0]
+    gemv.gemv(fp32(s.D), weight, fp32(2112), norm=empty(s.D), eps=1e-6)
+    decode_blocks.decode_blocks(weight, empty(2112, s.D))
+    weight = experts_in(FP8_BLOCK128_E8M0, 1, s.D, s.H * 128)[0]
+    gemv.gemv(fp32(s.H * 128), weight, fp32(s.D), add=True)
     gemv.gemv(fp32(s.D), empty(s.V, s.D), fp32(s.V), norm=empty(s.D), eps=1e-6)
-    gemv.gemv(fp32(s.H * 128), empty(s.D, s.H * 128), fp32(s.D), add=True)
 
 
 LAUNCHES: dict[str, Callable[[Sizes], None]] = {
@@ -279,16 +291,21 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sink_attention_decode": run_decode_attention,
     "latent_attention": run_latent_attention,
     "grouped_router": run_grouped_router,
-    "gemv_blocks": run_gemv_blocks,
+    "latent_index": run_latent_index,
+    "fp8_blocks": run_fp8_blocks,
     "sampling": run_sampling,
     "read_bandwidth": run_read_bandwidth,
 }
+# Further formats, and DeepSeek's kernels, whose FP8 sm_80 has not: to be quick.
+_ONLY_ON_90 = (
+    "expert_formats", "latent_attention", "latent_index", "grouped_router", "fp8_blocks"
+)  # fmt: skip
 
 
 def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
     """Compile what the rows of LAUNCHES launch; the tiny model on sm_90 alone.
 
-    rows: default all, on other architectures than sm_90 without the further expert formats
+    rows: default all, on other architectures than sm_90 without _ONLY_ON_90
     """
     compiled: dict[str, Compiled] = {}
 
@@ -302,7 +319,7 @@ def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
 
     launch, JITFunction.run = JITFunction.run, catch
     try:
-        for row in rows or [r for r in LAUNCHES if arch == 90 or r != "expert_formats"]:
+        for row in rows or [r for r in LAUNCHES if arch == 90 or r not in _ONLY_ON_90]:
             for sizes in (GPT_OSS_20B, TINY) if arch == 90 else (GPT_OSS_20B,):
                 LAUNCHES[row](sizes)
     finally:

@@ -16,6 +16,7 @@ from loaders.weights import load_weights
 from moe_runtime.gpu import deepseek
 from moe_runtime.gpu.deepseek_weights import ModelWeights
 from moe_runtime.gpu.families import GPU_FAMILIES
+from moe_runtime.gpu.latent_cache import LatentCache
 from moe_runtime.models.reference_model import decoded
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
@@ -41,9 +42,14 @@ V3_BLOCKS = replace(V3, layers=1, dense_layers=0, nope=128, value=128, latent=16
 LITE = replace(V2_LITE, **SMALL | {"layers": 1}, dense_layers=0, f=16)
 # Widths that are multiples of 128 where experts' blocks must line up.
 LINED_UP = replace(V3_BLOCKS, layers=2, dense_layers=1, d=128, w=208, f=128, query_rank=256)
+# The indexer chooses 6 of the 12 tokens, and is scored by many heads, so that none tie.
+V32 = replace(
+    V3_BLOCKS, family="deepseek_v32", heads=16, nope=8, value=16, latent=48, query_rank=48,
+    index_width=16, index_topk=6,
+)  # fmt: skip
 CASES = {
     "v3-fp8": (V3, "fp8"),
-    "v3-fp8_e8m0-blocks": (V3_BLOCKS, "fp8_e8m0"),
+    "v32-fp8_e8m0": (V32, "fp8_e8m0"),
     "v2-bf16": (LITE, "bf16"),
 }
 
@@ -178,11 +184,15 @@ def form(weight):
     return None if weight is None else (weight.dtype, weight.shape)
 
 
-def test_the_cache_takes_what_is_planned(tmp_path):
-    write_tiny_deepseek(tmp_path, V3, format="bf16")
+@pytest.mark.parametrize("sizes", [V3, V32], ids=lambda sizes: sizes.family)
+def test_the_cache_takes_what_is_planned(tmp_path, sizes):
+    write_tiny_deepseek(tmp_path, sizes, format="bf16")
     config = plan_model(open_folder(tmp_path)).config
-    cache = deepseek.allocate_cache(config, 3000, torch.device("meta"), torch.bfloat16)
-    assert sum(part.nbytes for part in cache) == MemoryPlan(config, {}, 3000).cache_bytes
+    cache = LatentCache.allocate(config, 3000, torch.device("meta"), torch.bfloat16)
+    assert (
+        sum(part.nbytes for part in cache.latents + cache.index_keys)
+        == MemoryPlan(config, {}, 3000).cache_bytes
+    )
 
 
 def test_formats_without_kernels_are_named(tmp_path):

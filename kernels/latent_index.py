@@ -1,0 +1,301 @@
+"""V3.2's indexer: which cached tokens the attention of a token sees.
+
+A token caches one index key. A later token scores every key, the weighted sum over index heads of
+relu(query . key), and sees the C tokens of the highest scores; all of them while there are no more
+than C. The choice is made on the device, one program a token: four passes over the scores find the
+C-th highest, eight bits at a time, and a fifth writes what is above it, in the order of the cache.
+
+T tokens, I index heads, J index width, P rotary width, S cached tokens, C chosen ones.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.dependent_launch import early_start, let_next_start, stamp, wait_for_front
+
+NORM_EPS = 1e-6
+_BLOCK_S = 64  # keys that a program scores at a time
+_SCORE_PROGRAMS = 264  # of a token
+_HEADS_PER_PROGRAM = 8
+_CHOOSE_BLOCK = 4096  # scores that a program looks at at a time
+
+
+@triton.jit
+def _rotated_halves(target, x, partner, cos_ptr, sin_ptr, j, mask, P: tl.constexpr):
+    """Rows [.., J] with pairs (i, i + P / 2) of the first P columns turned, stored at target."""
+    i = j % (P // 2)
+    cos = tl.where(j < P, tl.load(cos_ptr + i), 1.0)
+    sin = tl.where(j < P, tl.load(sin_ptr + i), 0.0)
+    sin = tl.where(j < P // 2, -sin, sin)
+    tl.store(target + j, (x * cos + partner * sin).to(target.dtype.element_ty), mask=mask)
+
+
+# A program handles BLOCK_I index heads of one token; the last one of a token its key.
+# Grid: T, I / BLOCK_I + 1.
+@triton.jit
+def _index_rows_kernel(
+    q_ptr,  # [T, I, J]
+    key_ptr,  # [T, J]
+    norm_ptr,  # [J]
+    bias_ptr,  # [J]
+    cos_ptr,  # [positions, P / 2] fp32
+    sin_ptr,
+    position_ptr,  # [1] int32: position of token 0
+    cache_ptr,  # [S, J]
+    query_ptr,  # [T, I, J], written
+    trace_ptr,  # [programs, 3] int64 or None
+    I: tl.constexpr,
+    J: tl.constexpr,
+    P: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    let_next_start(EARLY)
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(position_ptr) + token
+    cos_ptr += position * (P // 2)
+    sin_ptr += position * (P // 2)
+    j = tl.arange(0, BLOCK_J)
+    other = tl.where(j < P, (j + P // 2) % P, j)
+    if tl.program_id(1) == tl.num_programs(1) - 1:
+        row = key_ptr + token * J
+        x = tl.load(row + j, mask=j < J, other=0.0).to(tl.float32)
+        mean = tl.sum(x) / J
+        centred = tl.where(j < J, x - mean, 0.0)
+        factor = tl.rsqrt(tl.sum(centred * centred) / J + EPS)
+        partner = tl.load(row + other, mask=j < J, other=0.0).to(tl.float32) - mean
+        x = centred * factor * tl.load(norm_ptr + j, mask=j < J, other=0.0).to(tl.float32)
+        x += tl.load(bias_ptr + j, mask=j < J, other=0.0).to(tl.float32)
+        partner *= factor * tl.load(norm_ptr + other, mask=j < J, other=0.0).to(tl.float32)
+        partner += tl.load(bias_ptr + other, mask=j < J, other=0.0).to(tl.float32)
+        target = cache_ptr + position * J
+        _rotated_halves(target, x, partner, cos_ptr, sin_ptr, j, j < J, P)
+    else:
+        head = tl.program_id(1) * BLOCK_I + tl.arange(0, BLOCK_I)
+        rows = q_ptr + (token * I + head)[:, None] * J
+        mask = (head < I)[:, None] & (j < J)[None, :]
+        heads = tl.load(rows + j[None, :], mask=mask, other=0.0).to(tl.float32)
+        partners = tl.load(rows + other[None, :], mask=mask, other=0.0).to(tl.float32)
+        out = query_ptr + (token * I + head)[:, None] * J
+        _rotated_halves(out, heads, partners, cos_ptr, sin_ptr, j[None, :], mask, P)
+    stamp(trace_ptr, 2)
+
+
+def index_rows(
+    q: Tensor,
+    key: Tensor,
+    norm: Tensor,
+    bias: Tensor,
+    rope: tuple[Tensor, Tensor],
+    position: Tensor,
+    cache: Tensor,
+    query: Tensor,
+    *,
+    trace: Tensor | None = None,
+) -> Tensor:
+    """Rotate the index queries of T tokens at position, position + 1, ...; cache their index keys.
+
+    q:         [T, I, J] any float dtype
+    key:       [T, J] likewise, before its layer norm
+    norm:      [J] and bias [J] of that norm
+    rope:      cos and sin, [positions, P / 2] fp32; pairs are (i, i + P / 2) of the first P columns
+    position:  [1] int32 on the device
+    cache:     [S, J], rows position to position + T - 1 written
+    query:     [T, I, J] of the cache's dtype, written and returned
+
+    Bound by latency for one token. The kernel behind may read before its own wait what kernels in
+    front of this one wrote.
+    """
+    tokens, heads, width = q.shape
+    assert q.is_contiguous() and key.is_contiguous()
+    _index_rows_kernel[(tokens, triton.cdiv(heads, _HEADS_PER_PROGRAM) + 1)](
+        q,
+        key,
+        norm,
+        bias,
+        *rope,
+        position,
+        cache,
+        query,
+        trace,
+        I=heads,
+        J=width,
+        P=2 * rope[0].shape[1],
+        EPS=NORM_EPS,
+        BLOCK_I=_HEADS_PER_PROGRAM,
+        BLOCK_J=triton.next_power_of_2(width),
+        num_warps=2,
+        **early_start(query),
+    )
+    return query
+
+
+# A program scores every X-th block of keys for one token. Grid: X, T.
+# No number of cached tokens compiles anything new.
+@triton.jit(do_not_specialize=["columns"])
+def _index_scores_kernel(
+    query_ptr,  # [T, I, J]
+    weights_ptr,  # [T, I] fp32
+    cache_ptr,  # [S, J]
+    position_ptr,  # [1] int32: position of token 0
+    scores_ptr,  # [T, COLUMNS] fp32, written up to a token's own column
+    columns,
+    trace_ptr,  # [programs, 3] int64 or None
+    I: tl.constexpr,
+    J: tl.constexpr,
+    C: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    token = tl.program_id(1).to(tl.int64)
+    length = (tl.load(position_ptr) + token + 1).to(tl.int32)
+    if length > C:  # else all are chosen
+        i = tl.arange(0, BLOCK_I)
+        j = tl.arange(0, BLOCK_J)
+        there = (i < I)[:, None] & (j < J)[None, :]
+        q = tl.load(query_ptr + (token * I + i)[:, None] * J + j[None, :], mask=there, other=0.0)
+        weights = tl.load(weights_ptr + token * I + i, mask=i < I, other=0.0)
+        for s0 in range(tl.program_id(0) * BLOCK_S, length, tl.num_programs(0) * BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S)
+            inside = (s < length)[:, None] & (j < J)[None, :]
+            rows = cache_ptr + s.to(tl.int64)[:, None] * J
+            keys = tl.load(rows + j[None, :], mask=inside, other=0.0)
+            products = tl.dot(q, tl.trans(keys), input_precision="ieee")
+            scores = tl.sum(tl.maximum(products, 0.0) * weights[:, None], axis=0)
+            tl.store(scores_ptr + token * columns + s, scores, mask=s < length)
+    stamp(trace_ptr, 2)
+
+
+@triton.jit
+def _ordered(scores):
+    """uint32 whose order is that of fp32 scores."""
+    bits = scores.to(tl.int32, bitcast=True)
+    flipped = tl.where(bits < 0, ~bits, bits | -0x80000000)
+    return flipped.to(tl.uint32, bitcast=True)
+
+
+# A program chooses for one token. Grid: T.
+@triton.jit(do_not_specialize=["columns"])
+def _choose_rows_kernel(
+    scores_ptr,  # [T, COLUMNS] fp32
+    position_ptr,  # [1] int32: position of token 0
+    chosen_ptr,  # [T, C] int32, written
+    columns,
+    trace_ptr,  # [programs, 3] int64 or None
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    token = tl.program_id(0).to(tl.int64)
+    length = (tl.load(position_ptr) + token + 1).to(tl.int32)
+    chosen_ptr += token * C
+    scores_ptr += token * columns
+    one = tl.arange(0, BLOCK)
+    if length <= C:
+        for s0 in range(0, length, BLOCK):
+            tl.store(chosen_ptr + s0 + one, s0 + one, mask=s0 + one < length)
+    else:
+        bins = tl.arange(0, 512)
+        prefix = tl.zeros((), tl.uint32)  # bits of the C-th highest that are known
+        missing = C  # how many with this prefix are chosen
+        for turn in tl.static_range(4):
+            counts = tl.zeros((512,), tl.int32)
+            for s0 in range(0, length, BLOCK):
+                s = s0 + one
+                score = _ordered(tl.load(scores_ptr + s, mask=s < length, other=0.0))
+                digit = ((score >> (24 - 8 * turn)) & 255).to(tl.int32)
+                fits = s < length
+                if turn > 0:
+                    fits = fits & ((score >> (32 - 8 * turn)) == prefix)
+                counts += tl.histogram(tl.where(fits, digit, 256), 512)
+            counts = tl.where(bins < 256, counts, 0)
+            above = tl.sum(counts) - tl.cumsum(counts, axis=0)
+            # The highest digit with fewer than `missing` above it.
+            found = tl.min(tl.where((above < missing) & (bins < 256), bins, 512))
+            missing -= tl.sum(tl.where(bins == found, above, 0))
+            prefix = (prefix << 8) | found.to(tl.uint32)
+        done = 0
+        equals = 0
+        for s0 in range(0, length, BLOCK):
+            s = s0 + one
+            score = _ordered(tl.load(scores_ptr + s, mask=s < length, other=0.0))
+            equal = ((score == prefix) & (s < length)).to(tl.int32)
+            is_taken = equals + tl.cumsum(equal, axis=0) <= missing
+            keep = (s < length) & ((score > prefix) | ((equal > 0) & is_taken))
+            ones = keep.to(tl.int32)
+            tl.store(chosen_ptr + done + tl.cumsum(ones, axis=0) - 1, s, mask=keep)
+            done += tl.sum(ones)
+            equals += tl.sum(equal)
+    stamp(trace_ptr, 2)
+
+
+def index_choose(
+    query: Tensor,
+    weights: Tensor,
+    cache: Tensor,
+    position: Tensor,
+    scores: Tensor,
+    chosen: Tensor,
+    *,
+    trace: tuple[Tensor | None, Tensor | None] = (None, None),
+) -> Tensor:
+    """The cached tokens that each of T tokens at position, position + 1, ... sees.
+
+    query:     [T, I, J] as index_rows leaves it
+    weights:   [T, I] fp32, of the heads; a common positive factor changes nothing
+    cache:     [S, J], the tokens' own keys included
+    position:  [1] int32 on the device
+    scores:    [T, columns] fp32 scratch, a column for every position
+    chosen:    [T, C] int32, written: rows of the cache in rising order, C of them or all up to the
+               token's own; among equal scores the earlier ones. Returned.
+
+    Reads 2 * J bytes a cached token, and its score five times by one program a token.
+    """
+    tokens, heads, width = query.shape
+    columns, count = scores.shape[1], chosen.shape[1]
+    programs = min(_SCORE_PROGRAMS, triton.cdiv(columns, _BLOCK_S))
+    _index_scores_kernel[(programs if tokens == 1 else min(programs, 8), tokens)](
+        query,
+        weights,
+        cache,
+        position,
+        scores,
+        columns,
+        trace[0],
+        I=heads,
+        J=width,
+        C=count,
+        BLOCK_I=max(16, triton.next_power_of_2(heads)),
+        BLOCK_J=max(16, triton.next_power_of_2(width)),
+        BLOCK_S=_BLOCK_S,
+        num_warps=4,
+        **early_start(query),
+    )
+    _choose_rows_kernel[(tokens,)](
+        scores,
+        position,
+        chosen,
+        columns,
+        trace[1],
+        C=count,
+        BLOCK=_CHOOSE_BLOCK,
+        num_warps=16,
+        **early_start(query),
+    )
+    return chosen

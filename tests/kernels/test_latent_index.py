@@ -1,0 +1,69 @@
+"""V3.2's indexer against its twin, with fp32 data."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+
+from kernels import latent_index as kernel
+from kernels.reference import latent_index as twin
+from tests.tolerances import assert_close
+
+SLOTS, HEADS, WIDTH, ROTARY = 400, 20, 24, 8
+
+
+@pytest.fixture(autouse=True)
+def on_device(device):
+    """Tensors are made where kernels run: on a GPU, or in the interpreter."""
+    with torch.device(device) if device.type == "cuda" else nullcontext():
+        yield
+
+
+def random(seed, *shapes):
+    g = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    return [torch.randn(shape, generator=g) for shape in shapes]
+
+
+def test_index_rows():
+    q, key, norm, bias = random(1, (3, HEADS, WIDTH), (3, WIDTH), (WIDTH,), (WIDTH,))
+    angles = torch.arange(SLOTS)[:, None] * 0.7 ** torch.arange(ROTARY // 2)
+    rope = angles.cos().float(), angles.sin().float()
+    at = torch.tensor([30], dtype=torch.int32)
+    found = []
+    for module in (kernel, twin):
+        cache, query = torch.zeros(SLOTS, WIDTH), torch.zeros(3, HEADS, WIDTH)
+        module.index_rows(q, key + 3.0, norm, bias, rope, at, cache, query)
+        found.append((cache, query))
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected, "gemv")
+
+
+def choose(module, position, count, tokens=1, *, ties=False):
+    query, weights, cache = random(
+        position, (tokens, HEADS, WIDTH), (tokens, HEADS), (SLOTS, WIDTH)
+    )
+    if ties:
+        cache[1:] = cache[0]
+    at = torch.tensor([position], dtype=torch.int32)
+    scores = torch.full((tokens, SLOTS), float("nan"))
+    chosen = torch.full((tokens, count), -1, dtype=torch.int32)
+    return module.index_choose(query, weights, cache, at, scores, chosen).tolist()
+
+
+@pytest.mark.parametrize(("position", "count"), [(0, 8), (7, 8), (8, 8), (70, 8), (399, 200)])
+def test_the_best_are_chosen(position, count):
+    assert choose(kernel, position, count) == choose(twin, position, count)
+
+
+def test_many_tokens():
+    assert choose(kernel, 30, 33, tokens=5) == choose(twin, 30, 33, tokens=5)
+
+
+def test_equal_scores_take_the_earlier_token():
+    assert choose(kernel, 90, 40, ties=True) == [list(range(40))]
+
+
+def test_scores_of_either_sign_and_blocks(monkeypatch):
+    """More than one block in every pass; negative scores, zeros and subnormal differences."""
+    monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 64)
+    assert choose(kernel, 395, 100) == choose(twin, 395, 100)
