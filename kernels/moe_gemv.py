@@ -89,11 +89,13 @@ def _row_dots(
 
 
 # A program computes BLOCK_N rows, gate and up in turn, of one chosen expert and stores BLOCK_N / 2
-# activations. Grid: 2F / BLOCK_N, K.
+# activations. Grid: 2F / BLOCK_N, K + ALWAYS.
 @triton.jit
 def _gate_up_kernel(
     words_ptr,
     scales_ptr,
+    always_words_ptr,  # of experts that every token takes, or None
+    always_scales_ptr,
     bias_ptr,  # [E, 2F] or None
     ids_ptr,
     x_ptr,
@@ -115,6 +117,7 @@ def _gate_up_kernel(
     ALPHA: tl.constexpr,
     OFFSET: tl.constexpr,
     OUT_SCALE: tl.constexpr,
+    ALWAYS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
@@ -125,7 +128,17 @@ def _gate_up_kernel(
     # After the wait: then the kernel behind may read the chosen experts before its own.
     let_next_start(EARLY)
     slot = tl.program_id(1)
-    expert = tl.load(ids_ptr + slot).to(tl.int64)
+    if ALWAYS == 0:
+        expert = tl.load(ids_ptr + slot).to(tl.int64)
+    else:
+        chosen = tl.num_programs(1) - ALWAYS
+        if slot < chosen:
+            expert = tl.load(ids_ptr + slot).to(tl.int64)
+        else:
+            expert = (slot - chosen).to(tl.int64)
+            words_ptr = always_words_ptr
+            if scales_ptr is not None:
+                scales_ptr = always_scales_ptr
     one = tl.arange(0, BLOCK_N)
     n = (tl.program_id(0) * (BLOCK_N // 2) + one // 2) * GATE_STEP + one % 2 * TO_UP
     words_ptr += expert * (F2 * S * W)
@@ -152,10 +165,12 @@ def _gate_up_kernel(
 def _down_kernel(
     words_ptr,
     scales_ptr,
+    always_words_ptr,  # of experts that every token takes, or None
+    always_scales_ptr,
     bias_ptr,  # [E, D] or None
     ids_ptr,
     weights_ptr,
-    x_ptr,  # [K, 4, S * W]
+    x_ptr,  # [K + ALWAYS, 4, S * W]
     unscale_ptr,
     out_ptr,  # [D] fp32, added to
     trace_ptr,
@@ -169,6 +184,7 @@ def _down_kernel(
     SCALE_STEPS: tl.constexpr,
     SCALES_PER_EXPERT: tl.constexpr,
     K: tl.constexpr,
+    ALWAYS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
@@ -195,6 +211,15 @@ def _down_kernel(
         if bias_ptr is not None:
             row_bias = tl.load(bias_ptr + expert * D + n, mask=n < D, other=0.0)
             bias += weight * row_bias.to(tl.float32)
+    for expert in tl.static_range(ALWAYS):
+        scales = always_scales_ptr
+        if scales_ptr is not None:
+            scales = always_scales_ptr + expert * SCALES_PER_EXPERT
+        x = x_ptr + (K + expert) * (S * W * 4)
+        total += _row_dots(
+            always_words_ptr + expert * (D * S * W), scales, x, n, D, S, W, CODES, SCALES,
+            SCALE_ROWS, SCALE_STEPS, BLOCK_N, BLOCK_S,
+        )  # fmt: skip
     y = tl.sum(total, axis=1) * (tl.load(unscale_ptr) * UNSCALE) + bias
     y += tl.load(out_ptr + n, mask=n < D, other=0.0)
     tl.store(out_ptr + n, y, mask=n < D)
@@ -209,6 +234,7 @@ def moe_gate_up(
     out: PackedVectors,
     activation: Swiglu,
     *,
+    always: QuantTensor | None = None,
     trace: Tensor | None = None,
 ) -> PackedVectors:
     """First half of the chosen experts for one token: gate_up and the gated activation.
@@ -219,18 +245,24 @@ def moe_gate_up(
     expert_ids:  [K] int32
     out:         K vectors of F numbers in the same form, written
     activation:  also says how gate and up rows stand
+    always:      [A, 2F, D] in the same format of 8 or 16 bits: experts of every token, whose
+                 vectors follow the K chosen ones' in out
 
     Reads K experts' weights and scales, in MXFP4 K * 2F * D * 17 / 32 bytes, which sets its time.
     """
+    _check_always(gate_up, always, bias)
     if takes_digits(gate_up.format):
         gate_up_fp4(x, gate_up, bias, expert_ids, out, activation, trace)
         return out
     assert not (x.digits or out.digits)
     rows = gate_up.shape[1]
     step, to_up = activation.rows(rows // 2)
-    _gate_up_kernel[(triton.cdiv(rows, GATE_UP_ROWS), len(expert_ids))](
+    count = 0 if always is None else always.shape[0]
+    _gate_up_kernel[(triton.cdiv(rows, GATE_UP_ROWS), len(expert_ids) + count)](
         as_words(gate_up),
         scale_bytes(gate_up),
+        None if always is None else as_words(always),
+        None if always is None else scale_bytes(always),
         bias,
         expert_ids,
         _as_read(x, gate_up),
@@ -245,6 +277,7 @@ def moe_gate_up(
         ALPHA=activation.alpha,
         OFFSET=activation.offset,
         OUT_SCALE=activation_scale(activation.limit),
+        ALWAYS=count,
         BLOCK_N=GATE_UP_ROWS,
         num_warps=1,
         **early_start(x.values),
@@ -260,6 +293,7 @@ def moe_down(
     expert_weights: Tensor,
     out: Tensor,
     *,
+    always: QuantTensor | None = None,
     trace: Tensor | None = None,
 ) -> Tensor:
     """Second half for one token: out += sum over the chosen of weight * (down @ hidden + bias).
@@ -270,9 +304,11 @@ def moe_down(
     expert_ids:      [K] int32
     expert_weights:  [K] fp32
     out:             [D] fp32, added to
+    always:          [A, D, F] of experts that every token takes with weight 1, as in moe_gate_up
 
     Reads K experts' weights and scales, in MXFP4 K * D * F * 17 / 32 bytes, which sets its time.
     """
+    _check_always(down, always, bias)
     if takes_digits(down.format):
         down_fp4(hidden, down, bias, expert_ids, expert_weights, out, trace)
         return out
@@ -281,6 +317,8 @@ def moe_down(
     _down_kernel[(triton.cdiv(rows, DOWN_ROWS),)](
         as_words(down),
         scale_bytes(down),
+        None if always is None else as_words(always),
+        None if always is None else scale_bytes(always),
         bias,
         expert_ids,
         expert_weights,
@@ -291,11 +329,25 @@ def moe_down(
         D=rows,
         **_steps(down),
         K=len(expert_ids),
+        ALWAYS=0 if always is None else always.shape[0],
         BLOCK_N=DOWN_ROWS,
         num_warps=1,
         **early_start(out),
     )
     return out
+
+
+def can_join(chosen: QuantTensor, always: QuantTensor) -> bool:
+    """Whether experts of every token can go with the chosen ones in one launch."""
+    return (
+        chosen.format is always.format
+        and chosen.shape[1:] == always.shape[1:]
+        and not takes_digits(chosen.format)
+    )
+
+
+def _check_always(chosen: QuantTensor, always: QuantTensor | None, bias: Tensor | None) -> None:
+    assert always is None or (bias is None and can_join(chosen, always)), always
 
 
 def _as_read(x: PackedVectors, weight: QuantTensor) -> Tensor:

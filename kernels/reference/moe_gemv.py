@@ -19,13 +19,17 @@ def moe_gate_up(
     expert_ids: Tensor,
     out: PackedVectors,
     activation: Swiglu,
+    *,
+    always: QuantTensor | None = None,
 ) -> PackedVectors:
     """Same arguments and results as the kernel; fp32 sums, packed results."""
     vector = unpack_vectors(x)[0]
-    for slot, expert in enumerate(expert_ids.tolist()):
-        y = decode(gate_up[expert]) @ vector
-        if bias is not None:
-            y += bias[expert].float()
+    rows = [decode(gate_up[expert]) @ vector for expert in expert_ids.tolist()]
+    if bias is not None:
+        rows = [y + b for y, b in zip(rows, bias[expert_ids.long()].float(), strict=True)]
+    if always is not None:
+        rows += [decode(always[i]) @ vector for i in range(always.shape[0])]
+    for slot, y in enumerate(rows):
         hidden = apply_swiglu(y, activation)
         store_vector(out, slot, hidden, 1.0 / activation_scale(activation.limit))
     return out
@@ -38,6 +42,8 @@ def moe_down(
     expert_ids: Tensor,
     expert_weights: Tensor,
     out: Tensor,
+    *,
+    always: QuantTensor | None = None,
 ) -> Tensor:
     """Same arguments and results as the kernel, in fp32."""
     vectors = unpack_vectors(hidden)
@@ -46,4 +52,7 @@ def moe_down(
         if bias is not None:
             y += bias[expert].float()
         out += expert_weights[slot] * y
+    for i in range(0 if always is None else always.shape[0]):
+        assert always is not None
+        out += decode(always[i]) @ vectors[len(expert_ids) + i]
     return out

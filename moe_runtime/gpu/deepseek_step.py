@@ -1,8 +1,9 @@
 """The decode step of DeepSeek V2 to V3.2: one token in, the next token out, without the host.
 
-A layer with experts is 11 launches: three for the projections of the attention, three for the
-attention in the cache of latents, its output, the router, and two each for routed and for shared
-experts. V3.2's indexer takes four more. On CUDA all are captured once as a graph and replayed.
+A layer with experts is nine launches: two for the projections of the attention, three for the
+attention in the cache of latents, its output, the router, and two for the experts, shared ones with
+the routed where their formats and widths are equal. V3.2's indexer takes four more. On CUDA all are
+captured once as a graph and replayed.
 
 H heads, L latent width, P rotary width, I index heads, J index width, C tokens that they choose.
 """
@@ -20,7 +21,7 @@ from kernels.grouped_router import grouped_router, norm_and_pack
 from kernels.latent_attention import latent_attention_decode, num_splits
 from kernels.latent_cache import latent_query
 from kernels.latent_index import index_choose, index_rows
-from kernels.moe_gemv import moe_down, moe_gate_up
+from kernels.moe_gemv import can_join, moe_down, moe_gate_up
 from kernels.packed_vector import PackedVectors, activation_scale, packed_vectors, takes_digits
 from kernels.sampling import sample
 from kernels.swiglu import Swiglu
@@ -41,9 +42,10 @@ PLAIN_GATE = Swiglu()
 
 @dataclass(frozen=True)
 class Mixture:
-    """Experts of one stack and the buffers of one token."""
+    """Experts of one stack, with the buffers of one token."""
 
     experts: GatedExperts
+    always: GatedExperts | None  # taken besides, by every token
     packed: PackedVectors  # the normed token
     hidden: PackedVectors  # between the experts' halves
     ids: Tensor
@@ -199,35 +201,47 @@ class DeepseekStep(CapturedStep):
                 packed=first.packed,
             )
         for m in mixtures:
-            moe_gate_up(m.packed, m.experts.gate_up, None, m.ids, m.hidden, PLAIN_GATE)
+            always = None if m.always is None else m.always.gate_up
+            gate_up = m.experts.gate_up
+            moe_gate_up(m.packed, gate_up, None, m.ids, m.hidden, PLAIN_GATE, always=always)
         for m in mixtures:
-            moe_down(m.hidden, m.experts.down, None, m.ids, m.weights, self.residual)
+            always = None if m.always is None else m.always.down
+            down = m.experts.down
+            moe_down(m.hidden, down, None, m.ids, m.weights, self.residual, always=always)
 
     def _mixtures(self, w: LayerWeights) -> list[Mixture]:
-        """The layer's stacks with the buffers of a token: routed experts first, if it has any."""
-        c, device = self.config, self.residual.device
+        """The launches of a layer's experts: routed ones first, if it has any; the others with
+        them where that is possible, else after them."""
+        device = self.residual.device
         count = w.always.gate_up.shape[0]
-        stacks = [("always", w.always, count)]
-        if w.routed is not None:
-            stacks.insert(0, ("routed", w.routed, c.experts_per_token))
-        found = []
-        for name, experts, count in stacks:
-            outer, inner = experts.gate_up.format, experts.down.format
-            packed_key = (takes_digits(outer),)
-            if packed_key not in self._vectors:
-                self._vectors[packed_key] = packed_vectors(outer, 1, c.model_width, device)
-            hidden_key = (name, takes_digits(inner), count, experts.width)
-            if hidden_key not in self._vectors:
-                unscale = 1.0 / activation_scale(PLAIN_GATE.limit)
-                hidden = packed_vectors(inner, count, experts.width, device, unscale)
-                self._vectors[hidden_key] = hidden
-            ids, weights = self._expert_ids, self._expert_weights
-            if name == "always":
-                ids = torch.arange(count, dtype=torch.int32, device=device)
-                weights = torch.ones(count, device=device)
-            vectors = self._vectors[packed_key], self._vectors[hidden_key]
-            found.append(Mixture(experts, *vectors, ids, weights))
-        return found
+        own = (
+            torch.arange(count, dtype=torch.int32, device=device),
+            torch.ones(count, device=device),
+        )
+        if w.routed is None:
+            return [self._mixture(w.always, None, *own)]
+        chosen = self._expert_ids, self._expert_weights
+        joined = can_join(w.routed.gate_up, w.always.gate_up)
+        if joined and can_join(w.routed.down, w.always.down):
+            return [self._mixture(w.routed, w.always, *chosen)]
+        return [self._mixture(w.routed, None, *chosen), self._mixture(w.always, None, *own)]
+
+    def _mixture(
+        self, experts: GatedExperts, always: GatedExperts | None, ids: Tensor, weights: Tensor
+    ) -> Mixture:
+        """With its buffers, which all layers share; routed and others are there at once."""
+        c, device = self.config, self.residual.device
+        outer, inner = experts.gate_up.format, experts.down.format
+        packed_key = (takes_digits(outer),)
+        if packed_key not in self._vectors:
+            self._vectors[packed_key] = packed_vectors(outer, 1, c.model_width, device)
+        count = len(ids) + (0 if always is None else always.gate_up.shape[0])
+        hidden_key = (ids is self._expert_ids, takes_digits(inner), count, experts.width)
+        if hidden_key not in self._vectors:
+            unscale = 1.0 / activation_scale(PLAIN_GATE.limit)
+            self._vectors[hidden_key] = packed_vectors(inner, count, experts.width, device, unscale)
+        vectors = self._vectors[packed_key], self._vectors[hidden_key]
+        return Mixture(experts, always, *vectors, ids, weights)
 
 
 def _project(x: Tensor, weights: Sequence[Matrix], out: Tensor, norm: Tensor, eps: float) -> None:
