@@ -64,8 +64,6 @@ class DeepseekPrefill:
         self.chunk = chunk
         self.dtype = weights.embedding.dtype  # of activations
         device = weights.embedding.device
-        # Routing is decided in fp32, as the decode step does: a rounded logit flips experts.
-        self._routers = [None if w.router is None else w.router.float() for w in weights.layers]
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
         most = max((_decoded_numel(w) for w in weights.layers), default=0)
         if isinstance(weights.head, QuantTensor):
@@ -81,7 +79,7 @@ class DeepseekPrefill:
             x_TD = self.weights.embedding[token_ids[start : start + self.chunk]].float()
             for layer, weights in enumerate(self.weights.layers):
                 self._attend(layer, weights.attention, x_TD, start)
-                self._mix(layer, weights, x_TD)
+                self._mix(weights, x_TD)
             yield x_TD
 
     def head(self, x_TD: Tensor) -> Tensor:
@@ -171,13 +169,14 @@ class DeepseekPrefill:
             index_choose(query[some], weights[some], keys, position, scores, chosen[some])
         return chosen
 
-    def _mix(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
+    def _mix(self, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
-        router = self._routers[layer]
         normed_TD = rms_norm(x_TD, w.mlp_norm, c.norm_eps, torch.float32)
         rounded_TD = normed_TD.to(self.dtype)
-        if router is not None and w.routed is not None:
-            ids_TK, weights_TK = self._choose_experts(linear(normed_TD, router), w.router_bias)
+        if w.router is not None and w.routed is not None:
+            # Decided in fp32, as the decode step does: a rounded logit flips experts.
+            logits_TE = linear(normed_TD, w.router.float())
+            ids_TK, weights_TK = self._choose_experts(logits_TE, w.router_bias)
             block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
             routing = route_chosen(ids_TK, weights_TK, c.num_experts, block_rows)
             hidden = moe_gemm_gate_up(rounded_TD, w.routed.gate_up, None, routing, PLAIN_GATE)
