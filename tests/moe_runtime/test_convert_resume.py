@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -289,6 +290,14 @@ def convert_from_hub(hub, output, cache, wait=True):
     return process
 
 
+def wait_for_part(folder):
+    """Until a file with bytes of a shard is there: what was sent may not have been written yet."""
+    until = time.monotonic() + 60
+    while not any(path.stat().st_size for path in folder.glob("*.incomplete")):
+        assert time.monotonic() < until, "nothing arrived"
+        time.sleep(0.02)
+
+
 def weights(folder):
     return {name: digest for name, digest in content(folder).items() if "model" in name}
 
@@ -300,6 +309,7 @@ def test_from_the_hub_a_shard_at_a_time_and_after_a_kill(source, hub, options, t
     output, cache = tmp_path / "from-hub", tmp_path / "cache"
     process = convert_from_hub(hub, output, cache, wait=False)
     assert hub.hanging.wait(60)
+    wait_for_part(tmp_path / "from-hub.partial" / "source_shards")
     process.kill()
     process.communicate()
     here = [path.name for path in (tmp_path / "from-hub.partial" / "source_shards").iterdir()]
