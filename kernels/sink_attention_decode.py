@@ -55,7 +55,8 @@ def _attend(q, k, v, s, end, biggest, total, acc, SCALE: tl.constexpr):
 
 
 # A program reads one split of the keys and values of one kv head. Grid: G, P.
-@triton.jit
+# S is not specialised: no length of the cache compiles anything new.
+@triton.jit(do_not_specialize=["S"])
 def _attention_kernel(
     qkv_ptr,  # [(H + 2G) * C] fp32
     cos_ptr,  # [positions, C / 2] fp32
@@ -68,7 +69,8 @@ def _attention_kernel(
     stats_ptr,  # [G, P, GROUP, 2] fp32, likewise: running maximum and sum
     out_ptr,  # [H, C] fp32, written if SINGLE
     trace_ptr,  # [programs, 3] int64 or None
-    S: tl.constexpr,
+    S,
+    RING: tl.constexpr,  # slots that a window's positions go round in
     C: tl.constexpr,
     HEADS_PER_KV: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -97,7 +99,7 @@ def _attention_kernel(
         sin = tl.load(sin_ptr + position * (C // 2) + c % (C // 2))
         sin = tl.where(c < C // 2, -sin, sin)
         s = begin + tl.arange(0, BLOCK_S)
-        slot = (kv_head * S + s % S)[:, None] * C + c[None, :]
+        slot = (kv_head * S + (s % RING if WINDOW > 0 else s))[:, None] * C + c[None, :]
         cached = (s < tl.minimum(end, position))[:, None]
         k = tl.load(k_ptr + slot, mask=cached, other=0.0)
         v = tl.load(v_ptr + slot, mask=cached, other=0.0)
@@ -111,7 +113,8 @@ def _attention_kernel(
         v_at = qkv_ptr + (heads + tl.num_programs(0) + kv_head) * C + one
         v_new = tl.load(v_at + c[None, :]).to(v_ptr.dtype.element_ty)
         if split == used - 1:
-            at = (kv_head * S + position % S) * C + c[None, :]
+            place = position % RING if WINDOW > 0 else position
+            at = (kv_head * S + place) * C + c[None, :]
             tl.store(k_ptr + at, k_new)
             tl.store(v_ptr + at, v_new)
         biggest = tl.full((GROUP,), float("-inf"), tl.float32)
@@ -124,7 +127,7 @@ def _attention_kernel(
         biggest, total, acc = _attend(q, k, v, s, end, biggest, total, acc, SCALE)
         for s0 in range(begin + BLOCK_S, end, BLOCK_S):
             s = s0 + tl.arange(0, BLOCK_S)
-            slot = (kv_head * S + s % S)[:, None] * C + c[None, :]
+            slot = (kv_head * S + (s % RING if WINDOW > 0 else s))[:, None] * C + c[None, :]
             cached = (s < tl.minimum(end, position))[:, None]
             newest = (s == position)[:, None]
             k = tl.where(newest, k_new, tl.load(k_ptr + slot, mask=cached, other=0.0))
@@ -237,7 +240,8 @@ def sink_attention_decode(
         stats,
         out,
         trace[0],
-        S=slots,
+        slots,
+        RING=slots if window else 0,
         SCALE=width**-0.5,
         SINGLE=single,
         num_warps=4,
