@@ -16,6 +16,7 @@ class Support:
     dense: str
     backend: str
     least_capability: tuple[int, int] | None  # of a CUDA device; None: any device of torch
+    remark: str = ""  # said when a model is opened
 
     @property
     def needs(self) -> str:
@@ -47,11 +48,16 @@ class Support:
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
 
+_UNPROVEN = (
+    "these kernels agree with the reference in Triton's interpreter and have not run on a GPU yet; "
+    "backend='reference' is the one to trust"
+)
+
 SUPPORTED = (
     Support("gpt_oss", ANY, "bf16 or fp8", "triton", LEAST_CAPABILITY),
-    Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
-    Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
-    Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
+    Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
+    Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
+    Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),
@@ -63,6 +69,12 @@ SUPPORTED = (
 def has_kernels(family: str) -> bool:
     """Whether there is a backend of GPU kernels for a family."""
     return any(row.family == family and row.backend == "triton" for row in SUPPORTED)
+
+
+def remark_on(family: str, backend: str) -> str:
+    """What a person should know who runs a family in a backend; empty if nothing."""
+    rows = [row for row in SUPPORTED if (row.family, row.backend) == (family, backend)]
+    return rows[0].remark if rows else ""
 
 
 def _sm(capability: tuple[int, int]) -> str:

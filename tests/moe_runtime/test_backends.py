@@ -11,6 +11,7 @@ from moe_runtime import backends
 from moe_runtime.gpu import gpt_oss
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
+from moe_runtime.support import remark_on
 from quant.formats import BF16, FORMATS, MXFP4
 from tests.oracles.expert_formats import quantize_dense, write_with_experts
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -101,3 +102,8 @@ def test_4_bit_gate_up_and_8_bit_down_are_refused(tmp_path):
         weights.append(weight)
     with pytest.raises(UnsupportedModelError, match="gate_up is in mxfp4 and down in mxfp8"):
         gpt_oss.expert_formats(replace(plan, weights=tuple(weights)))
+
+
+def test_kernels_that_have_not_run_on_a_gpu_say_so():
+    assert "have not run on a GPU" in remark_on("deepseek_v3", "triton")
+    assert not remark_on("deepseek_v3", "reference") and not remark_on("gpt_oss", "triton")
