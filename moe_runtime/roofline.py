@@ -14,16 +14,17 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from moe_runtime.decode import DecodeStep, LayerWeights
+from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.gpu.step_trace import OTHER, StepTrace, trace_step
 from moe_runtime.model import MoeModel
 from moe_runtime.triton_backend import TritonBackend
 
 WAITING = "waiting"
 COMPONENTS = (
-    *("embedding", "qkv", "attention", "output projection", "router"),
+    *("embedding", "qkv", "indexer", "attention", "output projection", "mlp", "router"),
     *("experts gate_up", "experts down", "head", "sampling", OTHER, WAITING),
 )
+SOMETIMES = ("indexer", "mlp", OTHER)  # shown where the model has them
 
 
 @dataclass(frozen=True)
@@ -86,35 +87,19 @@ def measure_roofline(model: MoeModel, context: int, read_gbps: float) -> tuple[R
     Raises ValueError for a model that does not run on our kernels on a GPU.
     """
     backend = model.open_backend
-    step = backend.step if isinstance(backend, TritonBackend) else None
-    if not isinstance(step, DecodeStep) or model.device.type != "cuda":
+    family = GPU_FAMILIES.get(model.config.family)
+    parts = family.parts if family else None
+    if not isinstance(backend, TritonBackend) or model.device.type != "cuda" or parts is None:
+        known = ", ".join(name for name, family in GPU_FAMILIES.items() if family.parts)
         raise ValueError(
-            "the roofline needs a GPT-OSS model in the triton backend on a CUDA GPU, this one is "
-            f"{model.config.family} in the {model.backend} backend on {model.device}"
+            f"the roofline needs a model of {known} in the triton backend on a CUDA GPU, this one "
+            f"is {model.config.family} in the {model.backend} backend on {model.device}"
         )
-    assert isinstance(backend, TritonBackend)
+    step = backend.step
     plain_us = 1e6 * backend.time_steps(context, min(64, backend.max_context - context))
-    trace = trace_step(step, context)
-    read = component_bytes(model.plan.decode_bytes(context), step.weights.layers[0])
+    trace = trace_step(step, context, parts.components(step))
+    read = parts.read_bytes(model.plan.decode_bytes(context), step, context)
     return roofline(trace, read, context=context, read_gbps=read_gbps, plain_us=plain_us), trace
-
-
-def component_bytes(plan: Mapping[str, int], layer: LayerWeights) -> dict[str, int]:
-    """The plan's bytes of one token by our components; layers are alike."""
-    qkv, out = layer.qkv.nbytes, layer.out.nbytes
-    gate_up, down = layer.gate_up.nbytes, layer.down.nbytes
-    first = plan["attention"] * qkv // (qkv + out)
-    half = plan["experts"] * gate_up // (gate_up + down)
-    return {
-        "embedding": plan["embedding"],
-        "qkv": first + plan["norms"],
-        "attention": plan["cache"],
-        "output projection": plan["attention"] - first,
-        "router": plan["router"],
-        "experts gate_up": half,
-        "experts down": plan["experts"] - half,
-        "head": plan["head"],
-    }
 
 
 def roofline(
@@ -131,7 +116,7 @@ def roofline(
     step_ns = trace.end_ns - trace.begin_ns
     rows = []
     for name in COMPONENTS:
-        if name == OTHER and OTHER not in launches:
+        if name in SOMETIMES and name not in launches:
             continue
         size, ns = read_bytes.get(name, 0), times.get(name, 0)
         gbps = size / ns if ns else 0.0

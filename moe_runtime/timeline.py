@@ -19,8 +19,10 @@ from moe_runtime.roofline import COMPONENTS
 _COLORS = {  # Okabe and Ito's, which most eyes tell apart
     "embedding": "#999999",
     "qkv": "#0072B2",
+    "indexer": "#8C6BB1",
     "attention": "#E69F00",
     "output projection": "#56B4E9",
+    "mlp": "#A6761D",
     "router": "#CC79A7",
     "experts gate_up": "#009E73",
     "experts down": "#7CC576",

@@ -132,6 +132,11 @@ class DeepseekStep(CapturedStep):
         gemv(self.residual, w.head, self.logits, norm=w.final_norm, eps=self.config.norm_eps)
         sample(self.logits, self.state, filtered=filtered)
 
+    @property
+    def index_scores(self) -> Tensor | None:
+        """The indexer's scratch, None where all tokens are seen."""
+        return None if self._index is None else self._index.scores
+
     def _attend(self, layer: int, w: AttentionWeights) -> None:
         c = self.config
         cache = self.cache.latents[layer]

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from loaders.names.table import LoadPlan
-from moe_runtime.gpu import deepseek, gpt_oss
+from moe_runtime.gpu import deepseek, deepseek_parts, gpt_oss
 from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.gpu.step_parts import StepParts
 from moe_runtime.models.reference_model import Weights
 from quant.formats import QuantFormat
 
@@ -71,11 +72,22 @@ class GpuFamily:
     formats: Callable[[LoadPlan], tuple[Any, ...]]
     assemble: Assemble
     compile: CompileKernels
+    parts: StepParts | None = None  # None: its step cannot be measured by component
 
 
-_DEEPSEEK = GpuFamily(deepseek.layer_kinds, deepseek.assemble, deepseek.compile_kernels)
+_DEEPSEEK = GpuFamily(
+    deepseek.layer_kinds,
+    deepseek.assemble,
+    deepseek.compile_kernels,
+    StepParts(deepseek_parts.components, deepseek_parts.component_bytes),
+)
 GPU_FAMILIES: Mapping[str, GpuFamily] = {
-    "gpt_oss": GpuFamily(gpt_oss.expert_formats, gpt_oss.assemble, gpt_oss.compile_kernels),
+    "gpt_oss": GpuFamily(
+        gpt_oss.expert_formats,
+        gpt_oss.assemble,
+        gpt_oss.compile_kernels,
+        StepParts(gpt_oss.components, gpt_oss.read_bytes),
+    ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,

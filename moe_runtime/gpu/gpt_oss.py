@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -13,7 +13,8 @@ from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan, PlannedWeight
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
-from moe_runtime.decode import DecodeStep, ModelWeights, zero_weights
+from moe_runtime.decode import DecodeStep, LayerWeights, ModelWeights, zero_weights
+from moe_runtime.gpu.step_parts import address
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.plan import PREFILL_CHUNK
 from moe_runtime.prefill import Prefill
@@ -100,3 +101,43 @@ def compile_kernels(
             for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):
                 prefill.head(residual_TD[-1:])
     torch.cuda.synchronize()
+
+
+def components(step: DecodeStep) -> dict[int, str]:
+    """Address of a weight -> what the kernel that reads it is for."""
+    found: dict[int, str] = {}
+    for layer in step.weights.layers:
+        parts = {
+            "qkv": layer.qkv,
+            "attention": layer.sinks,
+            "output projection": layer.out,
+            "router": layer.router,
+            "experts gate_up": layer.gate_up,
+            "experts down": layer.down,
+        }
+        found |= {address(weight): name for name, weight in parts.items()}
+    found[address(step.weights.head)] = "head"
+    return found
+
+
+def read_bytes(plan: Mapping[str, int], step: DecodeStep, context: int) -> dict[str, int]:
+    """See StepParts.read_bytes; layers are alike, and the plan knows the context."""
+    return component_bytes(plan, step.weights.layers[0])
+
+
+def component_bytes(plan: Mapping[str, int], layer: LayerWeights) -> dict[str, int]:
+    """The plan's bytes of one token by our components; layers are alike."""
+    qkv, out = layer.qkv.nbytes, layer.out.nbytes
+    gate_up, down = layer.gate_up.nbytes, layer.down.nbytes
+    first = plan["attention"] * qkv // (qkv + out)
+    half = plan["experts"] * gate_up // (gate_up + down)
+    return {
+        "embedding": plan["embedding"],
+        "qkv": first + plan["norms"],
+        "attention": plan["cache"],
+        "output projection": plan["attention"] - first,
+        "router": plan["router"],
+        "experts gate_up": half,
+        "experts down": plan["experts"] - half,
+        "head": plan["head"],
+    }

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from kernels.compile_ahead import compile_ahead
 from kernels.launch_trace import TracedLaunch, mark_time, trace_launches
-from moe_runtime.decode import DecodeStep
-from quant.tensor import QuantTensor
+from moe_runtime.gpu.captured_step import CapturedStep
 
 OTHER = "other"  # a launch that reads none of the known weights
 REPEATS = 5
@@ -39,8 +38,11 @@ class StepTrace:
     launches: tuple[LaunchTimes, ...]
 
 
-def trace_step(step: DecodeStep, position: int) -> StepTrace:
-    """The step of median time of REPEATS, captured with stamps, from a position of the cache."""
+def trace_step(step: CapturedStep, position: int, names: Mapping[int, str]) -> StepTrace:
+    """The step of median time of REPEATS, captured with stamps, from a position of the cache.
+
+    names: address of a weight or a cache -> what the kernel that reads it is for
+    """
     marks = torch.zeros(2, dtype=torch.int64, device=step.logits.device)
 
     def run() -> None:
@@ -56,7 +58,6 @@ def trace_step(step: DecodeStep, position: int) -> StepTrace:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph), trace_launches(launches):
         run()
-    names = components(step)
     found = []
     for _ in range(REPEATS):
         for launch in launches:
@@ -71,31 +72,9 @@ def trace_step(step: DecodeStep, position: int) -> StepTrace:
     return sorted(found, key=lambda trace: trace.end_ns - trace.begin_ns)[REPEATS // 2]
 
 
-def components(step: DecodeStep) -> dict[int, str]:
-    """Address of a weight -> what the kernel that reads it is for."""
-    found: dict[int, str] = {}
-    for layer in step.weights.layers:
-        parts = {
-            "qkv": layer.qkv,
-            "attention": layer.sinks,
-            "output projection": layer.out,
-            "router": layer.router,
-            "experts gate_up": layer.gate_up,
-            "experts down": layer.down,
-        }
-        found |= {_address(weight): name for name, weight in parts.items()}
-    found[_address(step.weights.head)] = "head"
-    return found
-
-
 def named(launches: Iterable[TracedLaunch], names: Mapping[int, str]) -> Iterable[LaunchTimes]:
     """Launches by what they are for, their stamps on the CPU."""
     for launch in launches:
         component = next((names[at] for at in launch.operands if at in names), OTHER)
         stamps = launch.stamps.cpu()
         yield LaunchTimes(component, launch.kernel, stamps[stamps[:, 2] > 0])
-
-
-def _address(weight: Tensor | QuantTensor) -> int:
-    values = weight.values if isinstance(weight, QuantTensor) else weight
-    return values.data_ptr()

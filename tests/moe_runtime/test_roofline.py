@@ -8,6 +8,7 @@ import torch
 
 from moe_runtime import benchmark, roofline
 from moe_runtime.cli import run
+from moe_runtime.gpu import gpt_oss
 from moe_runtime.gpu.step_trace import LaunchTimes, StepTrace, named
 from moe_runtime.timeline import middle_layer, timeline_svg
 
@@ -79,7 +80,7 @@ def test_bytes_are_those_of_the_plan():
         "norms": 5,
         "head": 400,
     }
-    read = roofline.component_bytes({**plan, "cache": 64}, Layer)
+    read = gpt_oss.component_bytes({**plan, "cache": 64}, Layer)
     assert sum(read.values()) == sum(plan.values()) + 64
     assert read["qkv"] == 755 and read["output projection"] == 250
     assert read["experts gate_up"] == 600 and read["attention"] == 64

@@ -21,6 +21,7 @@ from moe_runtime.models.reference_model import decoded
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
+from moe_runtime.roofline import COMPONENTS
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.support import SUPPORTED
 from moe_runtime.triton_backend import TritonBackend
@@ -205,3 +206,14 @@ def test_formats_without_kernels_are_named(tmp_path):
 def test_families_with_kernels_are_those_of_the_table():
     rows = {row.family for row in SUPPORTED if row.backend == "triton"}
     assert rows == set(GPU_FAMILIES)
+
+
+def test_a_step_is_divided_into_the_bytes_of_its_plan(pair):
+    _, triton = pair
+    parts = GPU_FAMILIES[triton.step.config.family].parts
+    plan = triton.plan.decode_bytes(40)
+    read = parts.read_bytes(plan, triton.step, 40)
+    assert sum(read.values()) == sum(plan.values())
+    named = set(parts.components(triton.step).values())
+    assert named | {"embedding", "norms"} >= {name for name, size in read.items() if size}
+    assert named <= set(COMPONENTS)
