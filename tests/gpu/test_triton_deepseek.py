@@ -64,10 +64,9 @@ def test_steps_against_teacher_forced_logits(models):
     assert_close(actual.exp(), expected.exp(), "model_bf16_random")
 
 
-@pytest.mark.parametrize("case", ["v2-bf16", "v32-fp8_e8m0"])
-def test_in_fp32(tmp_path, case):
+def test_in_fp32(tmp_path):
     """Plain weights but those of experts, cache and activations in fp32: an error of 1 % shows."""
-    sizes, format = CASES[case]
+    sizes, format = CASES["v32-fp8_e8m0"]
     write_tiny_deepseek(tmp_path, replace(sizes, latent=128, layers=2), format=format)
     checkpoint = open_folder(tmp_path)
     opened = plan_model(checkpoint)
@@ -81,7 +80,7 @@ def test_in_fp32(tmp_path, case):
             weights[name] = weight.float()
     plan = MemoryPlan(config, weights_by_component(opened.plan.nbytes), 256)
     backend = TritonBackend(config, weights, plan, torch.device("cuda"), cache_dtype=torch.float32)
-    ids = IDS[:100]
+    ids = IDS  # more than the indexer lets a token see
     greedy = SamplingParams(temperature=0.0)
     tokens = [t.token_id for t in backend.decode(ids, greedy, max_new_tokens=5)]
     torch.cuda.synchronize()
