@@ -13,7 +13,7 @@ from quant.codecs import decode, encode
 from quant.formats import BF16, FP8_BLOCK128
 from tests.tolerances import assert_close
 
-D, F = 32, 16
+D, F = 16, 16
 
 
 @pytest.fixture(autouse=True)

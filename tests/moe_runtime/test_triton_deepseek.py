@@ -36,8 +36,8 @@ pytestmark = pytest.mark.skipif(
 CPU = torch.device("cpu")
 CONTEXT = 64
 IDS = [5, 39, 3, 32, 17, 8, 24, 1, 2, 37, 31]
-SMALL = {"layers": 2, "d": 32, "heads": 2, "vocab": 64, "experts": 8, "experts_per_token": 2}
-V3 = replace(Sizes(), **SMALL, w=32, f=16)
+SMALL = {"layers": 2, "d": 16, "heads": 2, "vocab": 40, "experts": 8, "experts_per_token": 2}
+V3 = replace(Sizes(), **SMALL, w=16, f=16)
 # As published: a head's 128 rows for keys are one row of blocks.
 V3_BLOCKS = replace(V3, layers=1, dense_layers=0, nope=128, value=128, latent=160, query_rank=128)
 LITE = replace(V2_LITE, **SMALL | {"layers": 1}, dense_layers=0, f=16)
