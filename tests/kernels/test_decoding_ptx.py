@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import moe_gemv_fp4, packed_dot, weight_tiles
+from kernels import fp4_products, packed_dot, weight_tiles
 from kernels.packed_vector import packed_vectors, store_vector, unpack_vectors
 from quant.e2m1 import E2M1_VALUES
 from quant.formats import MXFP4
@@ -96,7 +96,7 @@ def test_step_of_4_bit_weights(scales_a_row):
     inputs |= {sums + i: torch.zeros_like(lane) for i in range(2)}
     inputs |= {sums + 4: torch.full_like(lane, 0x03020100)}
     inputs |= {sums + 8: torch.full_like(lane, 0x0C080604)}
-    found = run_ptx(moe_gemv_fp4._step_ptx(scales_a_row), inputs, 2)
+    found = run_ptx(fp4_products.step_ptx(scales_a_row), inputs, 2)
     found = [bits.to(torch.int32).view(torch.float32).double() for bits in found]
     vector = unpack_vectors(packed)[0].double() / packed.unscale[0].repeat_interleave(32)
     products = 2 * E2M1[codes] * vector.view(4, 32)  # of the integers
