@@ -19,9 +19,9 @@ _HOPPER = (9, 0)
 
 
 def early_start(tensor: Tensor) -> dict[str, bool]:
-    """Keyword arguments of a launch on the tensor's device: EARLY for the kernel, and the launch's.
+    """Keyword arguments of a launch on the tensor's device: EARLY for the kernel, and launch_pdl.
 
-    False on GPUs before Hopper and in the interpreter: there a kernel starts after the one in front.
+    False on GPUs before Hopper and in the interpreter, which start it after the one in front.
     """
     early = tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= _HOPPER
     return {"EARLY": early, "launch_pdl": early} if early else {"EARLY": False}

@@ -103,8 +103,8 @@ def _row_sums(
         for i in tl.static_range(AHEAD):
             step = begin + (step0 + i)
             group = step * 4 + c
-            a, b, s, u = rows[i]
-            x0, x1, size = vectors[i]
+            a, b, s, u = rows[i]  # type: ignore[var-annotated]
+            x0, x1, size = vectors[i]  # type: ignore[var-annotated]
             sums = add_step(
                 sums, a, b, s, u, x0, x1, size, x_ptr, vector, group, zero, T, G, SCALES
             )

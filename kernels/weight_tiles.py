@@ -1,9 +1,10 @@
 """Tiles of stored weights decoded for the tensor cores, exactly: words in, bf16 out.
 
 E2M1, eight codes s e e m in a 32-bit word, low nibble first: sign to bit 15 and e e m to bits
-8..6 of each half make the code's value times 2^-126. E4M3: sign to bit 15 and e e e e m m m to bits 10..4
-make its value times 2^-120. One multiplication by that power of two and one by the scale of the
-group, where there is one, finish it: at most six significant bits, so bf16 holds every product.
+8..6 of each half make the code's value times 2^-126. E4M3: sign to bit 15 and e e e e m m m to
+bits 10..4 make its value times 2^-120. One multiplication by that power of two and one by the
+scale of the group, where there is one, finish it: at most six significant bits, so bf16 holds
+every product.
 """
 
 import triton
