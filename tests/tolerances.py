@@ -36,6 +36,8 @@ TOLERANCES = {
     "moe_gemv_mxfp4": Tolerance(1e-3, 1e-2),
     # the demo with dense weights in FP8 rows against those in bf16: 0.85 % and 4.6 %
     "dense_fp8": Tolerance(1.7e-2, 1e-1),
+    # one step of two layers, which hand on vectors of 16 bits
+    "decode_step": Tolerance(2e-3, 2e-2),
     # a whole model, its weights the same on both sides
     "model_bf16": Tolerance(2e-2, 2e-1),
     # random weights magnify bf16 rounding: ours 8.2e-2 on an H100, transformers in bf16 1.0e-1 to
