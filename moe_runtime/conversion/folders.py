@@ -71,6 +71,11 @@ def writing(folder: Path) -> Iterator[None]:
                 f"the disk of {folder} is full",
                 hint="free some space and run the same command: it goes on where it stopped",
             ) from error
+        if error.errno == errno.EFBIG:
+            raise ConversionError(
+                f"a file in {folder} would be larger than its file system or a limit allows",
+                hint="give --no-resume and a smaller --shard-size",
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise ConversionError(
                 f"{error.filename or folder} cannot be written: {error.strerror}",

@@ -253,7 +253,7 @@ def choose_layout(
             )
         if options.dense != "keep":
             raise UnsupportedModelError(
-                "--dense fp8-block is not defined for GPT-OSS",
+                "--dense fp8-block: GPT-OSS's own form has no place for the scales of FP8 dense weights",
                 hint="dense weights can be packed at load: --dense-format fp8 of generate",
             )
         return GPT_OSS

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -237,34 +238,96 @@ def test_a_finished_conversion_is_not_done_again(source, options):
 
 
 def test_memory_is_bounded(tmp_path):
-    """A stacked tensor of 200 MB in fp32 is converted in chunks: far below its decoded size."""
+    """A stacked tensor of 200 MB in fp32 is converted where less than a third of that is free."""
     code = """
 import resource, sys
 from pathlib import Path
+import torch
 from moe_runtime.conversion import work
 from moe_runtime.conversion.convert import convert
 from moe_runtime.conversion.options import ConversionOptions
 work.CHUNK_WEIGHTS = 1 << 16
-def peak():
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-convert(sys.argv[1], Path(sys.argv[2] + "-small"), ConversionOptions("mxfp4"), progress=False)
-before = peak()
-convert(sys.argv[3], Path(sys.argv[2]), ConversionOptions("mxfp4"), progress=False)
-print(peak() - before)
+def status(key):
+    return 1024 * int(Path("/proc/self/status").read_text().partition(key)[2].split()[0])
+small, output, large, spare = *sys.argv[1:4], int(sys.argv[4])
+convert(small, Path(output + "-small"), ConversionOptions("mxfp4"), progress=False)
+before, limit = status("VmHWM:"), status("VmData:") + spare
+resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+try:
+    torch.empty(2 * spare, dtype=torch.uint8)
+    print("the limit is not enforced")
+except RuntimeError:
+    convert(large, Path(output), ConversionOptions("mxfp4"), progress=False)
+    print(status("VmHWM:") - before)
 """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs Linux's /proc")
     tensors = stacked(tiny_tensors(d=512, f=12288, layers=1))
     write_tiny_moe(tmp_path / "large", tensors, settings=config(d=512, f=12288, layers=1))
     write_tiny_moe(tmp_path / "small")
-    arguments = [str(tmp_path / name) for name in ("small", "out", "large")]
-    told = subprocess.run(
-        [sys.executable, "-c", code, *arguments], cwd=ROOT, text=True, capture_output=True
-    )
-    assert told.returncode == 0, told.stderr
     decoded = 4 * tensors["model.layers.0.mlp.experts.gate_up_proj"].numel()
     assert decoded > 200_000_000
-    assert 1024 * int(told.stdout) < decoded / 3
+    arguments = [str(tmp_path / name) for name in ("small", "out", "large")]
+    told = subprocess.run(
+        [sys.executable, "-c", code, *arguments, str(decoded // 3)],
+        cwd=ROOT, text=True, capture_output=True,
+    )  # fmt: skip
+    assert told.returncode == 0, told.stderr
+    if "not enforced" in told.stdout:
+        pytest.skip("this system does not enforce RLIMIT_DATA")
+    assert int(told.stdout) < decoded / 3
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 80 MB in memory, of which 70 MB must be free, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("this process may not mount a file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_in_earnest(source, small_disk, monkeypatch):
+    """Another program takes the space after two shards; when it is gone the same call goes on."""
+    options = ConversionOptions("nvfp4", shard_bytes=SHARD_BYTES // 2)
+    whole = run(source, options, name="whole")
+    ballast, output = small_disk / "ballast", small_disk / "out"
+    partial = partial_folder(output)
+
+    def pwrite(*arguments, original=os.pwrite):
+        if len(list(partial.glob("model-*.safetensors"))) == 2 and not ballast.exists():
+            with pytest.raises(OSError), ballast.open("wb", buffering=0) as file:
+                while file.write(bytes(1 << 20)):
+                    pass
+        return original(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    with pytest.raises(ConversionError, match="the disk of .* is full") as caught:
+        convert(str(source), output, options, progress=False, num_threads=1)
+    assert "goes on where it stopped" in caught.value.hint
+    monkeypatch.undo()
+    assert len(Journal.load(partial).done) == 2
+    ballast.unlink()
+    convert(str(source), output, options, progress=False)
+    assert content(output) == content(whole)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_file_system_with_a_limit_on_files(source, tmp_path):
+    """One clear line and exit status 1; smaller files are what helps."""
+    command = [sys.executable, "-m", "moe_runtime", "convert", str(source), "--to", "nvfp4"]
+    command += ["--output", str(tmp_path / "out")]
+
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (SHARD_BYTES // 2,) * 2)
+
+    told = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, preexec_fn=limit)
+    assert told.returncode == 1
+    assert "larger than its file system" in told.stderr and "--shard-size" in told.stderr
+    assert "Traceback" not in told.stderr
 
 
 @pytest.fixture
