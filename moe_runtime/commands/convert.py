@@ -88,6 +88,9 @@ if TYPE_CHECKING:
     type=click.Choice(tuple(REFUSALS)),
     help="Go on in spite of a refusal; the refusal says its name. May be given again.",
 )
+@click.option(
+    "--base-model", metavar="ORG/NAME", help="For the model card; default: MODEL if it is a hub id."
+)
 @click.option("--dry-run", is_flag=True, help="Show what would be done; nothing is written.")
 @click.option("--no-resume", is_flag=True, help="Drop what an interrupted conversion left.")
 @click.option("--overwrite", is_flag=True, help="Replace the checkpoint in the output folder.")
@@ -106,6 +109,7 @@ def command(
     shard_size: str,
     device: str,
     allow: tuple[str, ...],
+    base_model: str | None,
     dry_run: bool,
     no_resume: bool,
     overwrite: bool,
@@ -140,6 +144,7 @@ def command(
             dense,
             shard_bytes,
             frozenset(allow),
+            base_model,
         )
     except ValueError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error

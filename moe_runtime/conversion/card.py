@@ -29,7 +29,7 @@ def model_card(
 
     report: what conversion_report.json holds
     """
-    lines = ["---", *_front_matter(plan, files, hub_id), "---", ""]
+    lines = ["---", *_front_matter(plan, files, plan.options.base_model or hub_id), "---", ""]
     lines += [f"# {source.rpartition('/')[2]}, {plan.options.target}", ""]
     at = f" at {revision}" if revision else ""
     lines += [
@@ -50,8 +50,8 @@ def model_card(
     return "\n".join(lines)
 
 
-def _front_matter(plan: ConversionPlan, files: CheckpointFiles, hub_id: str | None) -> list[str]:
-    lines = [f"base_model: {hub_id}", "base_model_relation: quantized"] if hub_id else []
+def _front_matter(plan: ConversionPlan, files: CheckpointFiles, base: str | None) -> list[str]:
+    lines = [f"base_model: {base}", "base_model_relation: quantized"] if base else []
     raw = files.text("README.md") if "README.md" in files.names() else None
     matter = _FRONT_MATTER.search(raw.decode("utf-8", "replace")) if raw else None
     if matter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ DENSE = ("keep", "fp8-block")
 MX_TARGETS = ("mxfp4", "mxfp8")
 SEARCHED_TARGETS = (*MX_TARGETS, "nvfp4")
 DEFAULT_SHARD_BYTES = 5_000_000_000
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "B": 1}
 
 
@@ -33,6 +35,7 @@ class ConversionOptions:
     dense: str = "keep"
     shard_bytes: int = DEFAULT_SHARD_BYTES
     allow: frozenset[str] = frozenset()  # names of REFUSALS
+    base_model: str | None = None  # hub id for the model card; None: the source's own, if any
 
     def __post_init__(self) -> None:
         for value, allowed, what in (
@@ -56,6 +59,8 @@ class ConversionOptions:
             raise ValueError("--power-of-two-scales goes with --to fp8-block")
         if self.target == "bf16" and self.dense != "keep":
             raise ValueError("--dense fp8-block does not go with --to bf16")
+        if self.base_model is not None and not _HUB_ID.fullmatch(self.base_model):
+            raise ValueError(f"--base-model {self.base_model!r}: expected a hub id, org/name")
         if self.shard_bytes < 1:
             raise ValueError(f"--shard-size: expected at least 1 byte, got {self.shard_bytes}")
 
@@ -83,6 +88,7 @@ class ConversionOptions:
             "dense": self.dense,
             "shard_bytes": self.shard_bytes,
             "allow": sorted(self.allow),
+            "base_model": self.base_model,
         }
 
 

@@ -253,7 +253,7 @@ def choose_layout(
             )
         if options.dense != "keep":
             raise UnsupportedModelError(
-                "--dense fp8-block: GPT-OSS's own form has no place for the scales of FP8 dense weights",
+                "--dense fp8-block: the form of GPT-OSS has no place for scales of dense weights",
                 hint="dense weights can be packed at load: --dense-format fp8 of generate",
             )
         return GPT_OSS

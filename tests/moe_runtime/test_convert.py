@@ -180,6 +180,13 @@ def test_files_around_the_weights(source):
     assert not (source.parent / "out.partial").exists()
 
 
+def test_the_base_model_of_a_folder_is_named_on_request(source):
+    output, _ = run(source, "mxfp4", base_model="acme/tiny")
+    assert "\nbase_model: acme/tiny\n" in (output / "README.md").read_text()
+    with pytest.raises(ValueError, match="expected a hub id"):
+        ConversionOptions("mxfp4", base_model="tiny: x")
+
+
 def test_compressed_tensors_config(source):
     output, _ = run(source, "mxfp4")
     written = json.loads((output / "config.json").read_text())

@@ -280,7 +280,7 @@ except RuntimeError:
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 80 MB in memory, of which 70 MB must be free, where this process may mount one."""
+    """A file system of 80 MB, in memory, where this process may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=80m", "tmpfs", str(folder)]
@@ -305,7 +305,7 @@ def test_a_full_disk_in_earnest(source, small_disk, monkeypatch):
         return original(*arguments)
 
     monkeypatch.setattr(os, "pwrite", pwrite)
-    with pytest.raises(ConversionError, match="the disk of .* is full") as caught:
+    with pytest.raises(ConversionError, match=r"the disk of .* is full") as caught:
         convert(str(source), output, options, progress=False, num_threads=1)
     assert "goes on where it stopped" in caught.value.hint
     monkeypatch.undo()
