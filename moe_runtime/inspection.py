@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
@@ -19,7 +19,7 @@ from loaders.json_text import parse_json_object
 from loaders.logical import logical_tensors
 from loaders.safetensors_header import DTYPE_BITS, TensorInfo
 from moe_runtime.config import DecoderConfig
-from moe_runtime.models.registry import OpenedModel, plan_model
+from moe_runtime.models.registry import MODELS, OpenedModel, plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
 from moe_runtime.planning.components import (
     NOT_LOADED,
@@ -70,6 +70,7 @@ class TokenizerSummary:
     num_ids: int | None = None  # None: not read
     special_tokens: tuple[str, ...] = ()
     chat_template: bool = False
+    chat_code: bool = False  # without a template, this version has code that renders chats
     problem: str | None = None
 
 
@@ -132,7 +133,9 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     except (CheckpointError, UnsupportedModelError) as caught:
         error = caught
     config = opened.config if opened else None
-    tokenizer = _tokenizer(checkpoint, config)
+    family = MODELS.get(str(checkpoint.config.get("model_type")))
+    chat_code = family is not None and family.chat_code is not None
+    tokenizer = replace(_tokenizer(checkpoint, config), chat_code=chat_code)
     if tokenizer.problem and error is None:
         error = CheckpointError(tokenizer.problem)
     components = sort_components(checkpoint)

@@ -109,6 +109,8 @@ def _tokenizer(found: Inspection) -> str:
         return "none"
     ids = f"{tokenizer.num_ids} ids" if tokenizer.num_ids else "tokenizer.json not fetched"
     template = "a chat template" if tokenizer.chat_template else "no chat template"
+    if tokenizer.chat_code and not tokenizer.chat_template:
+        template += " but code for chats"
     special = tokenizer.special_tokens
     named = " ".join(special[:_MOST_SPECIAL_TOKENS])
     more = len(special) - _MOST_SPECIAL_TOKENS
