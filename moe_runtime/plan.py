@@ -13,8 +13,8 @@ from moe_runtime.config import CachePart, DecoderConfig, ModelConfig
 from moe_runtime.errors import DoesNotFitError
 
 COMPONENTS = (
-    *("embedding", "attention", "indexer", "compressor", "hyper-connections", "router", "experts"),
-    *("shared experts", "mlp", "norms", "head"),
+    *("embedding", "attention", "indexer", "compressor", "hyper-connections", "router"),
+    *("hash tables", "experts", "shared experts", "mlp", "norms", "head"),
 )
 LOOKED_UP = ("embedding", "hash tables")  # components of which a token reads one row of V
 PREFILL_CHUNK = 2048  # tokens that go through the layers at once
@@ -32,6 +32,7 @@ _COMPONENT_BY_NAME = {
     "moe.norm": "norms",
     "moe.router": "router",
     "moe.router_bias": "router",
+    "moe.hash_ids": "hash tables",
     "mlp.norm": "norms",
     "attention.query_norm": "norms",
     "attention.latent_norm": "norms",

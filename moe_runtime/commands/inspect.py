@@ -98,7 +98,8 @@ def _component_table(found: Inspection) -> list[str]:
     files = f"in {found.files} file{'s' if found.files > 1 else ''}"
     seen = _size(total) if total else "-"
     rows.append(("total", str(found.num_tensors), _size(found.total_bytes), seen, files))
-    return [f"  {a:14}{b:>8}{c:>12}{d:>14}  {e}".rstrip() for a, b, c, d, e in rows]
+    width = max(14, *(len(row[0]) + 1 for row in rows))
+    return [f"  {a:{width}}{b:>8}{c:>12}{d:>14}  {e}".rstrip() for a, b, c, d, e in rows]
 
 
 def _tokenizer(found: Inspection) -> str:

@@ -23,6 +23,7 @@ from moe_runtime.plan import weights_by_component
 from moe_runtime.published import PUBLISHED as PUBLISHED_MODELS
 from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
 from tests.oracles.published_headers import deepseek_v3
+from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import hf_config, original_config, write_tiny_gpt_oss
 
 # Sums of the published checkpoints (openai/gpt-oss-20b and -120b): metadata.total_size of the
@@ -203,6 +204,21 @@ def test_deepseek_as_published():
     assert round(main / 1e9, 2) == 671.03
     assert round(found.active_parameters / 1e9, 1) == 37.5
     assert found.cache_bytes_per_token == 61 * (1152 + 256)
+
+
+def test_hash_tables_are_no_experts(tmp_path):
+    """A token reads one row of each; their bytes are those that the runtime plans with."""
+    write_tiny_deepseek_v4(tmp_path)
+    with open_folder(tmp_path) as checkpoint:
+        found = inspect_checkpoint(checkpoint)
+        ours = weights_by_component(plan_model(checkpoint).plan.nbytes)
+    by_name = {component.name: component.nbytes for component in found.components}
+    experts, chosen = (found.sizes[what] for what in ("experts", "experts_per_token"))
+    assert found.bytes_per_token["experts"] == by_name["experts"] * chosen // experts
+    assert (
+        found.bytes_per_token["hash tables"] == by_name["hash tables"] // found.sizes["vocabulary"]
+    )
+    assert {name: size for name, size in by_name.items() if name != "mtp"} == ours
 
 
 def inspect(*args: str) -> int:
