@@ -41,6 +41,7 @@ from kernels import (
     rope_kv,
     router_topk,
     sampling,
+    shared_row_attention,
     sink_attention_decode,
     sink_attention_prefill,
 )
@@ -252,6 +253,18 @@ def run_latent_index(s: Sizes) -> None:
     )
 
 
+def run_shared_row_attention(s: Sizes) -> None:
+    """V4-Flash's layers: the window alone, rows that are chosen, all rows."""
+    if s is not GPT_OSS_20B:
+        return
+    scratch = fp32(64, shared_row_attention.SPLITS, 512), fp32(64, shared_row_attention.SPLITS, 2)
+    for ratio, chosen in ((0, None), (4, int32(512)), (128, None)):
+        shared_row_attention.shared_row_attention_decode(
+            empty(64, 512), empty(128 + 8192, 512), int32(1), fp32(64), fp32(64, 512),
+            window=128, ratio=ratio, acc=scratch[0], stats=scratch[1], chosen=chosen,
+        )  # fmt: skip
+
+
 def run_grouped_router(s: Sizes) -> None:
     if s is not GPT_OSS_20B:
         return
@@ -290,6 +303,7 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "expert_formats": run_expert_formats,
     "sink_attention_decode": run_decode_attention,
     "latent_attention": run_latent_attention,
+    "shared_row_attention": run_shared_row_attention,
     "grouped_router": run_grouped_router,
     "latent_index": run_latent_index,
     "fp8_blocks": run_fp8_blocks,
@@ -298,7 +312,8 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
 }
 # Further formats, and DeepSeek's kernels, whose FP8 sm_80 has not: to be quick.
 _ONLY_ON_90 = (
-    "expert_formats", "latent_attention", "latent_index", "grouped_router", "fp8_blocks"
+    "expert_formats", "latent_attention", "shared_row_attention", "latent_index",
+    "grouped_router", "fp8_blocks",
 )  # fmt: skip
 
 
