@@ -248,9 +248,7 @@ def run_latent_index(s: Sizes) -> None:
         fp32(1, 64, 128), fp32(1, 128), fp32(128), fp32(128),
         (fp32(context, 32), fp32(context, 32)), position, cache, query,
     )  # fmt: skip
-    latent_index.index_choose(
-        query, fp32(1, 64), cache, position, fp32(1, context), int32(1, 2048)
-    )
+    latent_index.index_choose(query, fp32(1, 64), cache, position, fp32(1, context), int32(1, 2048))
 
 
 def run_shared_row_attention(s: Sizes) -> None:
