@@ -161,10 +161,10 @@ def shared_row_attention_decode(
     chosen:    [K] int32, numbers of compressed rows: the first min(K, rows that can be seen) of
                them are seen; None: all
 
-    Reads the rows that are seen once for every 16 heads (32 where there are more than 32).
+    Reads the rows that are seen once for every 16 heads.
     """
     heads, width = query.shape
-    block_h = 32 if heads > 32 else 16
+    block_h = 16
     sizes = {
         "C": width,
         "W": window,
@@ -184,7 +184,7 @@ def shared_row_attention_decode(
         SCALE=width**-0.5,
         BLOCK_H=block_h,
         BLOCK_C=triton.next_power_of_2(width),
-        num_warps=4 * (block_h // 16),
+        num_warps=4,
         num_stages=2,
         **sizes,
         **early_start(query),
