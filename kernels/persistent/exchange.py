@@ -1,0 +1,110 @@
+"""How programs of one launch hand numbers to each other: data that is its own flag.
+
+No barrier, no fence and no reset stand between a phase and the next one. A reader polls the very
+words that it needs, and each word says whether it is complete:
+
+    sums    int64   [ value in fixed point, 56 bits | contributions so far, 8 bits ]
+            Any number of programs add to a word. Integers add in any order to the same bits, and
+            the low byte of what has been added since the last use says when all have come.
+    tagged  int64   [ tag of this use | fp32 ]
+            One program writes, in one store of 8 bytes.
+
+A word is used again in every layer. It is safe because what a program adds in a layer depends on
+what all programs read in the one before.
+"""
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+FRACTION_BITS = 28  # of a sum; 27 bits are left in front of the point, and a sign
+_ONE = gl.constexpr(float(2**FRACTION_BITS))
+_TINY = gl.constexpr(2.0**-FRACTION_BITS)
+# Polls after which a program gives up: about half a minute. A hang becomes an error.
+PATIENCE = 1 << 21
+
+
+def _poll_sums(n: int) -> gl.constexpr:
+    """$0.. words; then addresses, old words, counts: until every word has its count more."""
+    lines = ["{", ".reg .b64 d, all;", ".reg .pred p;", ".reg .b32 turns;", "mov.b32 turns, 0;"]
+    lines.append("again:")
+    lines += [f"ld.relaxed.gpu.global.b64 ${i}, [${n + i}];" for i in range(n)]
+    lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
+    lines.append("mov.b64 all, 0;")
+    for i in range(n):
+        lines.append(f"sub.s64 d, ${i}, ${2 * n + i}; sub.s64 d, d, ${3 * n + i};")
+        lines.append("and.b64 d, d, 255; or.b64 all, all, d;")
+    lines += ["setp.ne.s64 p, all, 0;", "@p bra again;", "}"]
+    return gl.constexpr("\n".join(lines))
+
+
+def _poll_tagged(n: int) -> gl.constexpr:
+    """$0.. fp32 bits; then addresses, tags: until every word has its tag."""
+    lines = ["{", ".reg .b64 d;", ".reg .b32 t, all, turns;", ".reg .pred p;", "mov.b32 turns, 0;"]
+    lines.append("again:")
+    lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
+    lines.append("mov.b32 all, 0;")
+    lines += [f".reg .b64 w{i};" for i in range(n)]
+    lines += [f"ld.relaxed.gpu.global.b64 w{i}, [${n + i}];" for i in range(n)]
+    for i in range(n):
+        lines.append(f"mov.b64 {{${i}, t}}, w{i}; xor.b32 t, t, ${2 * n + i}; or.b32 all, all, t;")
+    lines += ["setp.ne.s32 p, all, 0;", "@p bra again;", "}"]
+    return gl.constexpr("\n".join(lines))
+
+
+def _constraints(out: str, *inputs: str, n: int) -> gl.constexpr:
+    return gl.constexpr(",".join([f"=&{out}"] * n + [one for kind in inputs for one in [kind] * n]))
+
+
+_SUMS_1, _SUMS_2, _SUMS_4 = _poll_sums(1), _poll_sums(2), _poll_sums(4)
+_TAGGED_1, _TAGGED_2, _TAGGED_4 = _poll_tagged(1), _poll_tagged(2), _poll_tagged(4)
+_S1, _S2, _S4 = (_constraints("l", "l", "l", "l", n=n) for n in (1, 2, 4))
+_T1, _T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (1, 2, 4))
+
+
+@gluon.jit
+def add_to_sums(ptrs, value, count: gl.constexpr):
+    """Add fp32 numbers to words of sums, as `count` contributions each."""
+    fixed = (value * _ONE).to(gl.int64)
+    gl.atomic_add(ptrs, fixed * 256 + count, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def wait_for_sums(ptrs, old, count, PACK: gl.constexpr):
+    """The words at ptrs once each has `count` (int64 tensor) contributions more than in old.
+
+    PACK: words that a thread asks for at a time; divides the words it has
+    """
+    if PACK == 1:
+        words = gl.inline_asm_elementwise(_SUMS_1, _S1, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=1)
+    elif PACK == 2:
+        words = gl.inline_asm_elementwise(_SUMS_2, _S2, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=2)
+    else:
+        words = gl.inline_asm_elementwise(_SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4)
+    return words
+
+
+@gluon.jit
+def sum_of(words, old):
+    """fp32 value of what was added since old."""
+    return ((words - old) >> 8).to(gl.float32) * _TINY
+
+
+@gluon.jit
+def publish(ptrs, value, tag, mask):
+    """Write fp32 numbers with their tag."""
+    bits = value.to(gl.int32, bitcast=True).to(gl.int64) & 0xFFFFFFFF
+    gl.store(ptrs, bits | (tag.to(gl.int64) << 32), mask=mask)
+
+
+@gluon.jit
+def wait_for_tagged(ptrs, tag, PACK: gl.constexpr):
+    """fp32 numbers at ptrs once each has the tag (int32 scalar)."""
+    tags = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + tag
+    if PACK == 1:
+        bits = gl.inline_asm_elementwise(_TAGGED_1, _T1, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=1)
+    elif PACK == 2:
+        bits = gl.inline_asm_elementwise(_TAGGED_2, _T2, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=2)
+    else:
+        bits = gl.inline_asm_elementwise(_TAGGED_4, _T4, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=4)
+    return bits.to(gl.float32, bitcast=True)

@@ -1,0 +1,122 @@
+"""Buffers of the persistent step, and its launch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.persistent.sizes import ROUTER_COLUMNS, ROW_BYTES, StepSizes, cdiv
+from kernels.persistent.step import step_kernel
+
+CACHE_UNIT = 64  # numbers in which the cache table counts
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """A model's weights as the kernel reads them. L layers, D width, F expert width, E experts."""
+
+    embedding: Tensor  # [V, D] bf16
+    dense: Tensor  # [tiles, bytes]: of each layer qkv and output projection, then the head
+    experts: Tensor  # [L * E * tiles, bytes]: of each expert gate_up, then down
+    norms: Tensor  # [L, D]
+    moe_norms: Tensor  # [L, D]
+    final_norm: Tensor  # [D]
+    qkv_scale: Tensor  # [L, rows] fp32, read if FP8, as are the other scales
+    qkv_bias: Tensor
+    sinks: Tensor  # [L, H]
+    out_scale: Tensor  # [L, D]
+    out_bias: Tensor
+    router: Tensor  # [L, parts, E, 64], see pack_router
+    router_bias: Tensor  # [L, E]
+    gate_up_bias: Tensor  # [L, E, 2F], gate and up in turn
+    down_bias: Tensor  # [L, E, D]
+    head_scale: Tensor  # [V]
+
+
+@dataclass(frozen=True)
+class StepBuffers:
+    """What programs of a launch hand to each other; zero before the first one."""
+
+    counter: Tensor  # [1] int32: launches so far
+    sums: Tensor  # two sets of int64
+    tagged: Tensor  # int64
+
+    @classmethod
+    def allocate(cls, sizes: StepSizes, device: torch.device) -> StepBuffers:
+        """Zeros."""
+        s = sizes
+        blocks = s.out_blocks + s.qkv_blocks + s.top_k * s.gate_up_blocks
+        words = blocks * 64 + padded_experts(s)
+        parts = s.splits * (s.attention_width + 2 * s.heads)
+        return cls(
+            torch.zeros(1, dtype=torch.int32, device=device),
+            torch.zeros(2 * words, dtype=torch.int64, device=device),
+            torch.zeros(320 + s.attention_width + parts, dtype=torch.int64, device=device),
+        )
+
+
+def padded_experts(sizes: StepSizes) -> int:
+    """Experts as a block of numbers."""
+    return max(32, 1 << (sizes.experts - 1).bit_length())
+
+
+def pack_router(router: Tensor) -> Tensor:
+    """[E, D] as [parts, E, 64]: what one program reads stands together."""
+    experts, width = router.shape
+    parts = cdiv(width, ROUTER_COLUMNS)
+    out = router.new_zeros(experts, parts * ROUTER_COLUMNS)
+    out[:, :width] = router
+    return out.view(experts, parts, ROUTER_COLUMNS).transpose(0, 1).contiguous()
+
+
+def arguments(
+    weights: StepWeights,
+    buffers: StepBuffers,
+    token: Tensor,
+    position: Tensor,
+    rope: tuple[Tensor, Tensor],
+    cache: Tensor,
+    cache_table: Tensor,
+    logits: Tensor,
+) -> tuple[Tensor, ...]:
+    """The kernel's tensors in its order, without descriptors.
+
+    token, position:  [1] int32
+    rope:             cosines and sines [positions, C / 2] fp32
+    cache:            all layers' keys and values in one buffer, bf16
+    cache_table:      [L, 4] int64: where keys and values of a layer begin, in units of 64 numbers,
+                      its slots, and whether it is sliding
+    logits:           [V] fp32, written
+    """
+    w = weights
+    return (
+        token, position, buffers.counter, w.embedding, w.norms, w.moe_norms, w.final_norm,
+        w.qkv_scale, w.qkv_bias, w.sinks, w.out_scale, w.out_bias, w.router, w.router_bias,
+        w.gate_up_bias, w.down_bias, w.head_scale, *rope, cache, cache_table, buffers.sums,
+        buffers.tagged, logits,
+    )  # fmt: skip
+
+
+def copied(memory: Tensor, height: int) -> TensorDescriptor:
+    """Rows of 256 bytes of a buffer, copied `height` at a time."""
+    rows = memory.view(torch.uint8).view(-1, ROW_BYTES)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+    return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], layout)
+
+
+def descriptors(weights: StepWeights) -> tuple[TensorDescriptor, ...]:
+    """What the copy engine reads."""
+    dense = (copied(weights.dense, height) for height in (32, 8))
+    return (*dense, *(copied(weights.experts, height) for height in (32, 8, 4)))
+
+
+def launch(sizes: StepSizes, tensors: tuple[Tensor, ...], descs: tuple[TensorDescriptor, ...], trace: Tensor | None = None) -> None:
+    """One step: logits of the token at its position; reads every active weight once."""
+    step_kernel[(sizes.programs,)](
+        *tensors, *descs, trace, S=sizes, E2=padded_experts(sizes), num_warps=4,
+        launch_cooperative_grid=True,
+    )  # fmt: skip

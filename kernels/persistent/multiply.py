@@ -1,0 +1,164 @@
+"""A tile of weights times a slice of the vector, on tensor cores.
+
+The weights are the 64-row operand; the vector stands in the 8 columns of the other, as terms that
+add up to it: three of bf16, or four of E4M3, each 2^-4 of the last (16 bits in all). A slice has
+one power of two in front, so that E4M3 holds its largest number.
+
+E2M1 codes become E4M3 in registers: value times 2^-6, exact. A 32-bit word holds eight codes, four
+of row r in bits 7 and 4..2 of its bytes, four of row r + 8 in bit 5 and bits 6, 1, 0.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma, warpgroup_mma_wait
+
+_DECODE = gl.constexpr(
+    "{ .reg .b32 t, u;\n"
+    + "\n".join(
+        f"and.b32 ${2 * i}, ${8 + i}, 0x9C9C9C9C; shl.b32 t, ${8 + i}, 2; shr.u32 u, ${8 + i}, 2;"
+        f"and.b32 t, t, 0x8C8C8C8C; lop3.b32 ${2 * i + 1}, u, 0x10101010, t, 0xEA;"
+        for i in range(4)
+    )
+    + "}"
+)
+
+
+@gluon.jit
+def decode_words(words):
+    """[4, 8, 4, 4] int32 words of a chunk -> two operands [64, 32] of E4M3 (value * 2^-6)."""
+    t0, t1, t2, t3, t4, t5, t6, t7 = gl.inline_asm_elementwise(
+        _DECODE, "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r", [words],
+        dtype=(gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8, gl.int8),
+        is_pure=True, pack=4,
+    )  # fmt: skip
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    a0 = gl.join(gl.join(t0, t1), gl.join(t2, t3))  # [warp, row, 4 columns, byte, row + 8, 16 columns]
+    a1 = gl.join(gl.join(t4, t5), gl.join(t6, t7))
+    a0 = a0.permute([0, 4, 1, 5, 2, 3]).reshape([64, 32]).to(gl.float8e4nv, bitcast=True)
+    a1 = a1.permute([0, 4, 1, 5, 2, 3]).reshape([64, 32]).to(gl.float8e4nv, bitcast=True)
+    a0 = gl.convert_layout(a0, OPERAND, assert_trivial=True)
+    return a0, gl.convert_layout(a1, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _chunk(words, xs, x, zero):
+    a0, a1 = decode_words(words)
+    p0 = warpgroup_mma(a0, xs.index(x).permute([1, 0]), zero, use_acc=False, max_num_imprecise_acc=32, is_async=True)
+    p1 = warpgroup_mma(a1, xs.index(x + 1).permute([1, 0]), zero, use_acc=False, max_num_imprecise_acc=32, is_async=True)
+    return p0, p1
+
+
+@gluon.jit
+def _scale(words, BYTE: gl.constexpr):
+    """Byte of each word as the power of two that it stands for."""
+    if BYTE == 0:
+        bits = (words & 0xFF) << 23
+    elif BYTE == 1:
+        bits = (words & 0xFF00) << 15
+    elif BYTE == 2:
+        bits = (words & 0xFF0000) << 7
+    else:
+        bits = (words >> 1) & 0x7F800000
+    return bits.to(gl.float32, bitcast=True)[:, None]
+
+
+@gluon.jit
+def expert_tile(big, small, scales, xs, x, slot, zero):
+    """Sums [64, 8] of one tile of MXFP4: 320 columns, ten groups, whose scales meet the sums.
+
+    big, small, scales: the ring's slots as words
+    xs: [.., 8, 32] E4M3 terms, x: the first group of the slice
+    """
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0])
+    ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
+    s0 = scales.index(slot * 4).load(ROWS)
+    s1 = scales.index(slot * 4 + 1).load(ROWS)
+    s2 = scales.index(slot * 4 + 2).load(ROWS)
+    p0, p1 = _chunk(big.index(slot * 4).load(WORDS), xs, x, zero)
+    p2, p3 = _chunk(big.index(slot * 4 + 1).load(WORDS), xs, x + 2, zero)
+    p4, p5 = _chunk(big.index(slot * 4 + 2).load(WORDS), xs, x + 4, zero)
+    p6, p7 = _chunk(big.index(slot * 4 + 3).load(WORDS), xs, x + 6, zero)
+    p8, p9 = _chunk(small.index(slot).load(WORDS), xs, x + 8, zero)
+    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9 = warpgroup_mma_wait(
+        0, deps=[p0, p1, p2, p3, p4, p5, p6, p7, p8, p9]
+    )
+    acc = p0 * _scale(s0, 0) + p1 * _scale(s0, 1) + p2 * _scale(s0, 2) + p3 * _scale(s0, 3)
+    acc += p4 * _scale(s1, 0) + p5 * _scale(s1, 1) + p6 * _scale(s1, 2) + p7 * _scale(s1, 3)
+    return acc + p8 * _scale(s2, 0) + p9 * _scale(s2, 1)
+
+
+@gluon.jit
+def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
+    """Sums [64, 8] of one dense tile: 160 columns in FP8 (5 chunks) or bf16 (10).
+
+    big, small: the ring's slots as chunks [64, 32 bytes]; chunks 0 to 3 (and 4 to 7) stand in big
+    xs: [.., 8, 32 bytes] terms, x: the first group of the slice
+    """
+    if S.fp8:
+        p = warpgroup_mma(big.index(slot * 4), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True)
+        p = warpgroup_mma(big.index(slot * 4 + 1), xs.index(x + 1).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(big.index(slot * 4 + 2), xs.index(x + 2).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(big.index(slot * 4 + 3), xs.index(x + 3).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
+    else:
+        p = warpgroup_mma(big.index(slot * 8), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True)
+        for c in gl.static_range(1, 8):
+            p = warpgroup_mma(big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(small.index(slot * 2), xs.index(x + 8).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True)
+    return warpgroup_mma_wait(0, deps=[p])
+
+
+@gluon.jit
+def power_of_two_for(largest):
+    """A power of two that brings a positive number to [128, 256), and its inverse."""
+    exponent = (largest.to(gl.int32, bitcast=True) >> 23) & 0xFF
+    exponent = gl.minimum(gl.maximum(exponent, 8), 253)
+    scale = ((261 - exponent) << 23).to(gl.float32, bitcast=True)
+    return scale, ((exponent - 7) << 23).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def _term(v):
+    """v rounded to 4 significant bits, as E4M3's byte and as fp32."""
+    h = ((v.to(gl.int32, bitcast=True) + 0x80000) & -0x100000).to(gl.float32, bitcast=True)
+    return h.to(gl.float8e4nv).to(gl.int8, bitcast=True), h
+
+
+@gluon.jit
+def store_fp8_terms(v, xs, GROUPS: gl.constexpr):
+    """v [GROUPS, 32] below 448 as E4M3 terms in xs [GROUPS, 8, 32]."""
+    b0, h0 = _term(v)
+    r1 = (v - h0) * 16.0
+    b1, h1 = _term(r1)
+    r2 = (r1 - h1) * 16.0
+    b2, h2 = _term(r2)
+    b3, _ = _term((r2 - h2) * 16.0)
+    t = gl.join(gl.join(b0, b2), gl.join(b1, b3)).reshape([GROUPS, 32, 4])
+    t = gl.join(t, gl.zeros_like(t)).permute([0, 3, 2, 1]).reshape([GROUPS, 8, 32])
+    xs.store(t.to(gl.float8e4nv, bitcast=True))
+
+
+@gluon.jit
+def store_bf16_terms(v, xs, GROUPS: gl.constexpr):
+    """v [GROUPS, 16] as bf16 terms in xs [GROUPS, 8, 16]."""
+    b0 = v.to(gl.bfloat16)
+    r1 = v - b0.to(gl.float32)
+    b1 = r1.to(gl.bfloat16)
+    b2 = (r1 - b1.to(gl.float32)).to(gl.bfloat16)
+    t = gl.join(gl.join(b0, b2), gl.join(b1, gl.zeros_like(b1))).reshape([GROUPS, 16, 4])
+    t = gl.join(t, gl.zeros_like(t)).permute([0, 3, 2, 1]).reshape([GROUPS, 8, 16])
+    xs.store(t)
+
+
+@gluon.jit
+def row_sums(acc, MMA: gl.constexpr, FP8: gl.constexpr):
+    """Sums [64] of the terms in [64, 8]."""
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
+    if FP8:
+        weight = gl.where(column < 4, gl.exp2(-4.0 * column.to(gl.float32)), 0.0)
+    else:
+        weight = gl.where(column < 3, 1.0, 0.0)
+    return gl.sum(acc * weight[None, :], 1)

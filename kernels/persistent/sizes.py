@@ -1,0 +1,165 @@
+"""The persistent decode step's sizes: what is computed at load and what the kernel is built for.
+
+A weight matrix is cut into tiles of TILE_ROWS rows and a fixed number of columns. All tiles of a
+matrix stand in one line, column of tiles after column of tiles, and every phase divides its line
+evenly among the programs, so that a program needs one or two columns of the vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE_ROWS = 64
+CHUNK_BYTES = 2048  # 64 rows of 32 bytes: what one tensor core instruction takes
+DENSE_COLUMNS = 160  # of a dense tile: 5 chunks in FP8, 10 in bf16
+EXPERT_CHUNKS = 5
+EXPERT_COLUMNS = 64 * EXPERT_CHUNKS  # of an expert's tile in 4 bits
+SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
+ROW_BYTES = 256  # in which tiles are counted
+ROUTER_COLUMNS = 64  # of the vector that one program of the router takes
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up."""
+    return -(-a // b)
+
+
+@dataclass(frozen=True)
+class StepSizes:
+    """Compile-time constants of one model on one GPU."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    experts: int
+    top_k: int
+    hidden: int
+    vocabulary: int
+    window: int
+    eps: float
+    limit: float
+    alpha: float
+    fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
+    programs: int
+    consumers: int = 2  # warpgroups of a program that multiply
+    dense_slots: int = 6  # tiles of the ring of dense weights
+    expert_slots: int = 8
+    splits: int = 32  # of the cache of a full layer
+    single: int = 256  # cached positions up to which one program reads a kv head's cache
+
+    def __post_init__(self) -> None:
+        # A slot is always filled for the same consumer within a phase: a barrier's parity is enough.
+        assert self.dense_slots % self.consumers == self.expert_slots % self.consumers == 0
+        assert self.norm_groups <= 256 and self.router_programs <= 64
+
+    # --- dense tiles
+    @property
+    def group(self) -> int:
+        """Columns that one dense instruction multiplies."""
+        return 32 if self.fp8 else 16
+
+    @property
+    def dense_chunks(self) -> int:
+        return DENSE_COLUMNS // self.group
+
+    @property
+    def dense_rows(self) -> int:
+        """Rows of 256 bytes of a dense tile."""
+        return self.dense_chunks * CHUNK_BYTES // ROW_BYTES
+
+    @property
+    def expert_rows(self) -> int:
+        return EXPERT_CHUNKS * CHUNK_BYTES // ROW_BYTES + SCALE_WORDS
+
+    @property
+    def qkv_rows(self) -> int:
+        return (self.heads + 2 * self.kv_heads) * self.head_width
+
+    @property
+    def qkv_blocks(self) -> int:
+        return cdiv(self.qkv_rows, TILE_ROWS)
+
+    @property
+    def width_columns(self) -> int:
+        """Columns of dense tiles of a matrix that takes the residual."""
+        return cdiv(self.width, DENSE_COLUMNS)
+
+    @property
+    def attention_width(self) -> int:
+        return self.heads * self.head_width
+
+    @property
+    def out_blocks(self) -> int:
+        return cdiv(self.width, TILE_ROWS)
+
+    @property
+    def out_columns(self) -> int:
+        return cdiv(self.attention_width, DENSE_COLUMNS)
+
+    @property
+    def qkv_tiles(self) -> int:
+        return self.qkv_blocks * self.width_columns
+
+    @property
+    def out_tiles(self) -> int:
+        return self.out_blocks * self.out_columns
+
+    @property
+    def layer_tiles(self) -> int:
+        """Dense tiles of a layer."""
+        return self.qkv_tiles + self.out_tiles
+
+    @property
+    def head_blocks(self) -> int:
+        return cdiv(self.vocabulary, TILE_ROWS)
+
+    # --- experts' tiles
+    @property
+    def gate_up_blocks(self) -> int:
+        return cdiv(2 * self.hidden, TILE_ROWS)
+
+    @property
+    def gate_up_columns(self) -> int:
+        return cdiv(self.width, EXPERT_COLUMNS)
+
+    @property
+    def down_blocks(self) -> int:
+        return cdiv(self.width, TILE_ROWS)
+
+    @property
+    def down_columns(self) -> int:
+        return cdiv(self.hidden, EXPERT_COLUMNS)
+
+    @property
+    def gate_up_tiles(self) -> int:
+        """Of one expert."""
+        return self.gate_up_blocks * self.gate_up_columns
+
+    @property
+    def down_tiles(self) -> int:
+        return self.down_blocks * self.down_columns
+
+    @property
+    def expert_tiles(self) -> int:
+        return self.gate_up_tiles + self.down_tiles
+
+    # --- other phases
+    @property
+    def router_programs(self) -> int:
+        return cdiv(self.width, ROUTER_COLUMNS)
+
+    @property
+    def norm_groups(self) -> int:
+        """Parts of the residual whose squares are published in the first phase of a layer."""
+        return self.width_columns * (DENSE_COLUMNS // self.group)
+
+    @property
+    def residual_contributions(self) -> int:
+        """Tiles that add to a row of the residual in a layer."""
+        return self.out_columns + self.top_k * self.down_columns
+
+    @property
+    def heads_per_kv(self) -> int:
+        return self.heads // self.kv_heads
