@@ -46,12 +46,13 @@ class StepSizes:
     consumers: int = 2  # warpgroups of a program that multiply
     dense_slots: int = 6  # tiles of the ring of dense weights
     expert_slots: int = 8
-    splits: int = 32  # of the cache of a full layer
+    splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
         # A slot is always filled for the same consumer within a phase: a barrier's parity is enough.
         assert self.dense_slots % self.consumers == self.expert_slots % self.consumers == 0
+        assert self.splits * self.kv_heads <= self.programs
         assert self.norm_groups <= 256 and self.router_programs <= 64
 
     # --- dense tiles

@@ -39,6 +39,7 @@ from kernels.persistent.multiply import (
 )
 
 NONE = gl.constexpr(-1e30)
+SAME = gl.constexpr("mov.b32 $0, $1;")
 EVENTS = gl.constexpr(20)
 
 
@@ -55,6 +56,12 @@ def stamp(trace, which: gl.constexpr, layer, event: gl.constexpr, S: gl.constexp
 def share(tiles, program, S: gl.constexpr):
     """First and last + 1 of a program's tiles."""
     return (tiles * program) // S.programs, (tiles * (program + 1)) // S.programs
+
+
+@gluon.jit
+def anew(x):
+    """x, in a way that keeps what is made of it inside a loop: registers are scarcer than time."""
+    return gl.inline_asm_elementwise(SAME, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
 # ------------------------------------------------------------------------------------ producers
@@ -251,62 +258,65 @@ def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, fa
 
 
 @gluon.jit
-def _qkv_values(ptr, old, rows, scale_ptr, bias_ptr, factor, count: gl.constexpr, S: gl.constexpr):
-    """Rows of the qkv projection, finished: scales of rows, the norm's factor, bias; new olds."""
-    bias = gl.load(bias_ptr + rows).to(gl.float32)
-    words = wait_for_sums(ptr + rows, old, gl.zeros_like(old) + count, 4)
-    value = sum_of(words, old) * factor
-    if S.fp8:
-        value *= gl.load(scale_ptr + rows)
-    return value + bias
-
-
-@gluon.jit
 def _qkv_places(kv_head, S: gl.constexpr):
-    """Rows of the qkv projection that a kv head's programs read: halves of q and of k, and v."""
+    """Rows of the qkv projection that a kv head's programs read, [16, C / 2]: the first halves of
+    its query heads, of its key and of its value; the second halves are C / 2 further on."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
-    BL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, BL))
-    h = gl.arange(0, 16, layout=gl.SliceLayout(1, BL)) % R
-    q = (kv_head * R + h)[:, None] * C + half[None, :]
-    k = (S.heads + kv_head) * C + half
-    v = (S.heads + S.kv_heads + kv_head) * C + gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-    return q, q + C // 2, k, k + C // 2, v
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    r = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
+    head = gl.where(r < R, kv_head * R + r, S.heads + kv_head + gl.where(r == R, 0, S.kv_heads))
+    return r, head[:, None] * C + gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))[None, :]
 
 
 @gluon.jit
-def qkv_words(sums, kv_head, count, S: gl.constexpr):
-    """What the sums of a kv head's rows are, once they have `count` contributions in all.
+def qkv_words(sums, kv_head, S: gl.constexpr):
+    """What the sums of a kv head's rows are now; all loads are under way together.
 
     Called between two phases that add to them: the next use begins from here.
     """
-    q, q2, k, k2, v = _qkv_places(kv_head, S)
-    zq = gl.zeros_like(q.to(gl.int64))
-    zk = gl.zeros_like(k.to(gl.int64))
-    zv = gl.zeros_like(v.to(gl.int64))
-    lo = wait_for_sums(sums + q, zq, zq + count, 4)
-    hi = wait_for_sums(sums + q2, zq, zq + count, 4)
-    klo = wait_for_sums(sums + k, zk, zk + count, 4)
-    khi = wait_for_sums(sums + k2, zk, zk + count, 4)
-    return lo, hi, klo, khi, wait_for_sums(sums + v, zv, zv + count, 4)
+    _, place = _qkv_places(kv_head, S)
+    lo = gl.load(sums + place, volatile=True)
+    return lo, gl.load(sums + place + S.head_width // 2, volatile=True)
+
+
+@gluon.jit
+def _lacks(words, old, count, before):
+    """Not zero where words do not have `count` contributions, or old words not `before`."""
+    return (((words & 255) ^ count) | ((old & 255) ^ before)).to(gl.int32)
+
+
+@gluon.jit
+def wait_for_qkv(sums, kv_head, old_lo, old_hi, layer, S: gl.constexpr):
+    """fp32 sums of a kv head's rows in this layer, before norm, scales and bias."""
+    count = ((layer + 1) * S.width_columns) & 255
+    before = (layer * S.width_columns) & 255
+    lo, hi = qkv_words(sums, kv_head, S)
+    while gl.max(gl.max(_lacks(lo, old_lo, count, before) | _lacks(hi, old_hi, count, before), 1), 0) != 0:
+        lo, hi = qkv_words(sums, kv_head, S)
+    return sum_of(lo, old_lo), sum_of(hi, old_hi)
+
+
+@gluon.jit
+def _row(x, r, which: gl.constexpr):
+    """One row of x [16, n]."""
+    return gl.sum(gl.where((r == which)[:, None], x, 0.0), 0)
 
 
 @gluon.jit
 def attend(
-    old, layer, kv_head, split, used, position, first, tag, squares, qkv, parts, attention,
-    qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, S: gl.constexpr,
+    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, trace,
+    S: gl.constexpr,
 ):  # fmt: skip
     """One kv head's share of the cache: rotate, write the new row, attend, publish."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    BL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
     VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-    old_lo, old_hi, old_klo, old_khi, old_v = old
     per = gl.cdiv(position - first, used)
     begin = first + split * per
     end = gl.minimum(begin + per, position)
@@ -316,52 +326,57 @@ def attend(
     k_lo = _cached(k_at, begin, end, slots, 0, C // 2, KL, C)
     k_hi = _cached(k_at, begin, end, slots, 1, C // 2, KL, C)
     v = _cached(v_at, begin, end, slots, 0, C, VL, C)
-    half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, BL))
-    turn = position * (C // 2) + half
-    cosine = gl.load(cos + turn)
-    sine = gl.load(sin + turn)
+    half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))
+    cosine = gl.load(cos + position * (C // 2) + half)[None, :]
+    sine = gl.load(sin + position * (C // 2) + half)[None, :]
+    r, place = _qkv_places(kv_head, S)
+    bias_lo = gl.load(qkv_bias + layer * S.qkv_rows + place).to(gl.float32)
+    bias_hi = gl.load(qkv_bias + layer * S.qkv_rows + place + C // 2).to(gl.float32)
+    if S.fp8:
+        scale_lo = gl.load(qkv_scale + layer * S.qkv_rows + place)
+        scale_hi = gl.load(qkv_scale + layer * S.qkv_rows + place + C // 2)
     # The norm's factor, from the squares of the residual.
     PARTS: gl.constexpr = 128 if S.norm_groups <= 128 else 256
     EACH: gl.constexpr = gl.BlockedLayout([PARTS // 32], [32], [4], [0])  # in every warp
     groups = gl.arange(0, PARTS, layout=EACH)
     found = wait_for_tagged(squares + gl.minimum(groups, S.norm_groups - 1), tag, 4)
     factor = gl.rsqrt(gl.sum(gl.where(groups < S.norm_groups, found, 0.0), 0) / S.width + S.eps)
-    scale_at = qkv_scale + layer * S.qkv_rows
-    bias_at = qkv_bias + layer * S.qkv_rows
-    q_row, q_row2, k_row, k_row2, v_row = _qkv_places(kv_head, S)
-    c_out = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-    n: gl.constexpr = S.width_columns
-    q_lo = _qkv_values(qkv, old_lo, q_row, scale_at, bias_at, factor, n, S)
-    q_hi = _qkv_values(qkv, old_hi, q_row2, scale_at, bias_at, factor, n, S)
-    n_lo = _qkv_values(qkv, old_klo, k_row, scale_at, bias_at, factor, n, S)
-    n_hi = _qkv_values(qkv, old_khi, k_row2, scale_at, bias_at, factor, n, S)
-    v_new = _qkv_values(qkv, old_v, v_row, scale_at, bias_at, factor, n, S)
-    qr_lo = (q_lo * cosine[None, :] - q_hi * sine[None, :]).to(gl.bfloat16)
-    qr_hi = (q_hi * cosine[None, :] + q_lo * sine[None, :]).to(gl.bfloat16)
-    kr_lo = (n_lo * cosine - n_hi * sine).to(gl.bfloat16)
-    kr_hi = (n_hi * cosine + n_lo * sine).to(gl.bfloat16)
-    v_new = v_new.to(gl.bfloat16)
+    lo, hi = wait_for_qkv(qkv, kv_head, old_lo, old_hi, layer, S)
+    stamp(trace, 0, layer, 4, S)
+    if S.fp8:
+        lo = lo * (factor * scale_lo) + bias_lo
+        hi = hi * (factor * scale_hi) + bias_hi
+    else:
+        lo = lo * factor + bias_lo
+        hi = hi * factor + bias_hi
+    turned = (r <= R)[:, None]
+    q_lo = gl.where(turned, lo * cosine - hi * sine, lo).to(gl.bfloat16)
+    q_hi = gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16)
+    lo = q_lo.to(gl.float32)
+    hi = q_hi.to(gl.float32)
+    new_lo = _row(lo, r, R)
+    new_hi = _row(hi, r, R)
+    value_lo = _row(lo, r, R + 1)
+    value_hi = _row(hi, r, R + 1)
     scale: gl.constexpr = C**-0.5
-    own = gl.sum(
-        qr_lo.to(gl.float32) * kr_lo.to(gl.float32)[None, :]
-        + qr_hi.to(gl.float32) * kr_hi.to(gl.float32)[None, :],
-        1,
-    ) * scale
     biggest = gl.full([16], NONE, gl.float32, layout=gl.SliceLayout(1, MMA))
     total = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = gl.zeros([16, C], gl.float32, layout=MMA)
     if split == 0:
-        place = (position % slots) * C
-        gl.store(k_at + place + half, kr_lo)
-        gl.store(k_at + place + C // 2 + half, kr_hi)
-        gl.store(v_at + place + c_out, v_new)
+        slot = (position % slots) * C
+        gl.store(k_at + slot + half, new_lo.to(gl.bfloat16))
+        gl.store(k_at + slot + C // 2 + half, new_hi.to(gl.bfloat16))
+        gl.store(v_at + slot + half, value_lo.to(gl.bfloat16))
+        gl.store(v_at + slot + C // 2 + half, value_hi.to(gl.bfloat16))
+        own = gl.sum(lo * new_lo[None, :] + hi * new_hi[None, :], 1) * scale
         biggest = gl.convert_layout(own, gl.SliceLayout(1, MMA))
         total = total + 1.0
-        acc = acc + v_new.to(gl.float32)[None, :]
-    qa_lo = gl.convert_layout(qr_lo, A)
-    qa_hi = gl.convert_layout(qr_hi, A)
+        value = gl.join(value_lo, value_hi).permute([1, 0]).reshape([C])
+        acc = acc + gl.convert_layout(value, gl.SliceLayout(0, MMA))[None, :]
+    q_lo = gl.convert_layout(q_lo, A)
+    q_hi = gl.convert_layout(q_hi, A)
     biggest, total, acc = _attend_block(
-        qa_lo, qa_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, scale
+        q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, scale
     )
     s = begin + 128
     while s < end:
@@ -369,21 +384,23 @@ def attend(
         k_hi = _cached(k_at, s, end, slots, 1, C // 2, KL, C)
         v = _cached(v_at, s, end, slots, 0, C, VL, C)
         biggest, total, acc = _attend_block(
-            qa_lo, qa_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
+            q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
         s += 128
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+    column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if used == 1:
         sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
         new = gl.maximum(biggest, sink)
         shrink = gl.exp(biggest - new)
         out = acc * (shrink / (total * shrink + gl.exp(sink - new)))[:, None]
-        at = attention + ((kv_head * R + row)[:, None] * C + c_out[None, :])
-        publish(at, out, tag, (row < R)[:, None] & (c_out >= 0)[None, :])
+        at = attention + ((kv_head * R + row)[:, None] * C + column[None, :])
+        publish(at, out, tag, (row < R)[:, None] & (column >= 0)[None, :])
     else:
         accs, peaks, totals = parts
         part = (kv_head * S.splits + split) * R + row
-        publish(accs + (part[:, None] * C + c_out[None, :]), acc, tag, (row < R)[:, None] & (c_out >= 0)[None, :])
+        at = accs + (part[:, None] * C + column[None, :])
+        publish(at, acc, tag, (row < R)[:, None] & (column >= 0)[None, :])
         publish(peaks + part, biggest, tag, row < R)
         publish(totals + part, total, tag, row < R)
         _merge(layer, kv_head, split, tag, parts, attention, sinks, S)
@@ -769,37 +786,29 @@ def consumer(
         _begin(program, token, embedding, residual, S)
 
     # What the sums were when this consumer read them last.
-    BL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    AM: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
+    QL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
     HALF: gl.constexpr = S.head_width // 2
-    old_lo = gl.zeros([16, HALF], gl.int64, layout=BL)
-    old_hi = gl.zeros([16, HALF], gl.int64, layout=BL)
-    old_klo = gl.zeros([HALF], gl.int64, layout=gl.SliceLayout(0, BL))
-    old_khi = gl.zeros([HALF], gl.int64, layout=gl.SliceLayout(0, BL))
-    WHOLE: gl.constexpr = S.head_width
-    old_v = gl.zeros([WHOLE], gl.int64, layout=gl.SliceLayout(0, AM))
+    old_lo = gl.zeros([16, HALF], gl.int64, layout=QL)
+    old_hi = gl.zeros([16, HALF], gl.int64, layout=QL)
     EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [4], [0])
     old_router = gl.zeros([E2], gl.int64, layout=EACH)
     XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
     old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
     old_up = gl.zeros([16, 32], gl.int64, layout=XL)
 
-    qkv0, qkv1 = share(S.qkv_tiles, program, S)
-    out0, out1 = share(S.out_tiles, program, S)
-    gu0, gu1 = share(S.top_k * S.gate_up_tiles, program, S)
-    down0, down1 = share(S.top_k * S.down_tiles, program, S)
-    worker = which * S.programs + program
-    split = worker // S.kv_heads
-    kv_head = worker % S.kv_heads
     dn = 0  # tiles of the rings so far
     en = 0
     phase = 0
     count = 1  # contributions to a row of the residual so far
     for layer in range(S.layers):
         tag = launch * S.layers + layer + 1
+        if trace is not None:
+            sm = gl.inline_asm_elementwise("mov.u32 $0, %smid; // $1", "=r,r", [layer], dtype=gl.int32, is_pure=False, pack=1)
+            gl.store(trace + ((program * S.consumers + which) * S.layers + layer) * EVENTS + 19, sm.to(gl.int64))
         # ---- qkv
         stamp(trace, which, layer, 0, S)
         buffer = (phase & 1) * 2
+        qkv0, qkv1 = share(S.qkv_tiles, anew(program), S)
         c0 = qkv0 // S.qkv_blocks
         if which < 2:
             column = c0 + which
@@ -817,21 +826,26 @@ def consumer(
         stamp(trace, which, layer, 3, S)
         phase += 1
         # ---- attention
-        k_cache = cache + gl.load(cache_table + layer * 4) * 64
-        v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
-        slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
-        is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
-        first = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
-        used = gl.where(position - first > S.single, S.splits, 1)
-        if split < used:
-            attend(
-                (old_lo, old_hi, old_klo, old_khi, old_v), layer, kv_head, split, used, position,
-                first, tag, squares, qkv, parts, attention, qkv_scale, qkv_bias, sinks, cos, sin,
-                k_cache, v_cache, slots, S,
-            )  # fmt: skip
+        if which == 0:
+            worker = anew(program)
+            split = worker // S.kv_heads
+            kv_head = worker % S.kv_heads
+            k_cache = cache + gl.load(cache_table + layer * 4) * 64
+            v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
+            slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
+            is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
+            first = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
+            used = gl.where(position - first > S.single, S.splits, 1)
+            if split < used:
+                attend(
+                    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv,
+                    parts, attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots,
+                    trace, S,
+                )  # fmt: skip
         stamp(trace, which, layer, 6, S)
         # ---- output projection
         buffer = (phase & 1) * 2
+        out0, out1 = share(S.out_tiles, anew(program), S)
         c0 = out0 // S.out_blocks
         if which < 2:
             column = c0 + which
@@ -852,6 +866,7 @@ def consumer(
         stamp(trace, which, layer, 10, S)
         # ---- gate_up
         buffer = (phase & 1) * 2
+        gu0, gu1 = share(S.top_k * S.gate_up_tiles, anew(program), S)
         c0 = gu0 // S.gate_up_blocks  # of all experts' columns, one after the other
         if which < 2:
             column = c0 + which
@@ -865,8 +880,10 @@ def consumer(
             for j in gl.static_range(4):
                 chosen.index(j).store(gl.zeros([1], gl.int32, layout=SCALAR) + ids[j])
             mbarrier.arrive(routed.index(0), count=1)
-        if split < S.splits:
-            old_lo, old_hi, old_klo, old_khi, old_v = qkv_words(qkv, kv_head, (layer + 1) * S.width_columns, S)
+        if which == 0:
+            worker = anew(program)
+            if worker < S.splits * S.kv_heads:
+                old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
         stamp(trace, which, layer, 13, S)
         _share_slices(ready, phase, S)
         stamp(trace, which, layer, 14, S)
@@ -876,6 +893,7 @@ def consumer(
         phase += 1
         # ---- down
         buffer = (phase & 1) * 2
+        down0, down1 = share(S.top_k * S.down_tiles, anew(program), S)
         c0 = down0 // S.down_blocks
         if which < 2:
             column = c0 + which

@@ -14,7 +14,7 @@ from tests.tolerances import assert_close
 
 
 def handlers(modules):
-    exchange, multiply = modules
+    exchange, multiply, step = modules
 
     def sums(ptrs, old, count):
         while True:
@@ -43,6 +43,7 @@ def handlers(modules):
         for n in (1, 2, 4):
             found[getattr(exchange, name + str(n))] = handler
     found[multiply._DECODE] = decode
+    found[step.SAME] = lambda x: x
     return found
 
 
@@ -51,7 +52,7 @@ def kernel():
     emulated = Emulated({})
     module = emulated.load_module("kernels.persistent.step")
     emulated.inline_asm = handlers(
-        [emulated.load_module(f"kernels.persistent.{name}") for name in ("exchange", "multiply")]
+        [emulated.load_module(f"kernels.persistent.{name}") for name in ("exchange", "multiply", "step")]
     )
     return module.step_kernel
 
