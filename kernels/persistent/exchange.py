@@ -63,10 +63,10 @@ _T1, _T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (1, 2, 4))
 
 
 @gluon.jit
-def add_to_sums(ptrs, value, count: gl.constexpr):
+def add_to_sums(ptrs, value, count: gl.constexpr, mask):
     """Add fp32 numbers to words of sums, as `count` contributions each."""
     fixed = (value * _ONE).to(gl.int64)
-    gl.atomic_add(ptrs, fixed * 256 + count, sem="relaxed", scope="gpu")
+    gl.atomic_add(ptrs, fixed * 256 + count, mask=mask, sem="relaxed", scope="gpu")
 
 
 @gluon.jit

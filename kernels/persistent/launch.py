@@ -9,7 +9,7 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.persistent.sizes import ROUTER_COLUMNS, ROW_BYTES, StepSizes, cdiv
+from kernels.persistent.sizes import ROUTER_COLUMNS, ROW_BYTES, TILE_ROWS, StepSizes, cdiv
 from kernels.persistent.step import step_kernel
 
 CACHE_UNIT = 64  # numbers in which the cache table counts
@@ -50,7 +50,7 @@ class StepBuffers:
         """Zeros."""
         s = sizes
         blocks = s.out_blocks + s.qkv_blocks + s.top_k * s.gate_up_blocks
-        words = blocks * 64 + padded_experts(s)
+        words = blocks * TILE_ROWS + padded_experts(s)
         parts = s.splits * (s.attention_width + 2 * s.heads)
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),
@@ -110,13 +110,13 @@ def copied(memory: Tensor, height: int) -> TensorDescriptor:
 
 def descriptors(weights: StepWeights) -> tuple[TensorDescriptor, ...]:
     """What the copy engine reads."""
-    dense = (copied(weights.dense, height) for height in (32, 8))
-    return (*dense, *(copied(weights.experts, height) for height in (32, 8, 4)))
+    dense = (copied(weights.dense, height) for height in (64, 16))
+    return (*dense, *(copied(weights.experts, height) for height in (64, 16, 8)))
 
 
 def launch(sizes: StepSizes, tensors: tuple[Tensor, ...], descs: tuple[TensorDescriptor, ...], trace: Tensor | None = None) -> None:
     """One step: logits of the token at its position; reads every active weight once."""
     step_kernel[(sizes.programs,)](
-        *tensors, *descs, trace, S=sizes, E2=padded_experts(sizes), num_warps=4,
+        *tensors, *descs, trace, S=sizes, E2=padded_experts(sizes), num_warps=8,
         launch_cooperative_grid=True,
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """Weights laid out for the persistent step: tiles in the order in which they are multiplied.
 
-    dense    64 rows x 160 columns: chunks of 64 rows x 32 bytes (32 columns in FP8, 16 in bf16), a
+    dense    128 rows x 160 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16), a
              row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
-    experts  64 rows x 320 columns: 5 chunks of 64 rows x 64 columns in E2M1, then 3 x 64 words of
+    experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words of
              scales, 4 groups of 32 columns in each
 
-A chunk of an expert is [4 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
+A chunk of an expert is [8 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
 the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:
 
     bit   7   6   5   4   3   2   1   0
@@ -21,14 +21,13 @@ from kernels.persistent.sizes import (
     DENSE_COLUMNS,
     EXPERT_CHUNKS,
     EXPERT_COLUMNS,
-    ROW_BYTES,
     SCALE_WORDS,
     TILE_ROWS,
     cdiv,
 )
 
 _TILE_CODES = EXPERT_CHUNKS * CHUNK_BYTES
-EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * ROW_BYTES
+EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * TILE_ROWS * 4
 
 
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -42,15 +41,15 @@ def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _swapped(halves: Tensor) -> Tensor:
-    """[.., 64, 2, 16] with the halves of rows exchanged whose bit 2 is set; its own inverse."""
-    rows = halves.unflatten(-3, (8, 2, 4))
+    """[.., rows, 2, 16] with the halves of rows exchanged whose bit 2 is set; its own inverse."""
+    rows = halves.unflatten(-3, (-1, 2, 4))
     return torch.stack([rows[..., 0, :, :, :], rows[..., 1, :, :, :].flip(-2)], dim=-4).flatten(-5, -3)
 
 
 def pack_dense(weight: Tensor, *, by_rows: bool = False) -> Tensor:
     """Bytes [tiles, tile bytes] of a matrix [N, K] of bf16 or FP8 codes.
 
-    by_rows: blocks of 64 rows one after the other, as the head is read; else columns of tiles
+    by_rows: blocks of rows one after the other, as the head is read; else columns of tiles
     """
     size = weight.element_size()
     columns, blocks = cdiv(weight.shape[1], DENSE_COLUMNS), cdiv(weight.shape[0], TILE_ROWS)
@@ -81,7 +80,7 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
     values = padded(values, blocks * TILE_ROWS, columns * EXPERT_COLUMNS // 2)
     codes = torch.stack([values & 15, values >> 4], dim=-1)
     # expert, block, warp, row + 8, row, column of tiles, chunk, q, c, e
-    codes = codes.view(experts, blocks, 4, 2, 8, columns, EXPERT_CHUNKS, 4, 4, 4)
+    codes = codes.view(experts, blocks, TILE_ROWS // 16, 2, 8, columns, EXPERT_CHUNKS, 4, 4, 4)
     a, b = codes.unbind(3)
     packed = ((a & 8) << 4) | ((a & 7) << 2) | ((b & 8) << 2) | ((b & 4) << 4) | (b & 3)
     del codes, a, b
@@ -101,7 +100,7 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     """Values and scales that pack_experts was given."""
     experts = tiles.shape[0]
     across, down = cdiv(columns, EXPERT_COLUMNS), cdiv(rows, TILE_ROWS)
-    bytes_ = tiles[..., :_TILE_CODES].reshape(experts, across, down, EXPERT_CHUNKS, 4, 8, 4, 4, 4)
+    bytes_ = tiles[..., :_TILE_CODES].reshape(experts, across, down, EXPERT_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4)
     a = ((bytes_ >> 4) & 8) | ((bytes_ >> 2) & 7)
     b = ((bytes_ >> 2) & 8) | ((bytes_ >> 4) & 4) | (bytes_ & 3)
     codes = torch.stack([a, b], dim=5)  # expert, column, block, chunk, warp, row + 8, row, c, q, e

@@ -1,16 +1,16 @@
 """The persistent decode step's sizes: what is computed at load and what the kernel is built for.
 
-A weight matrix is cut into tiles of TILE_ROWS rows and a fixed number of columns. All tiles of a
-matrix stand in one line, column of tiles after column of tiles, and every phase divides its line
-evenly among the programs, so that a program needs one or two columns of the vector.
+A weight matrix is cut into tiles of TILE_ROWS rows and a fixed number of columns. In a phase, a
+program has tiles of one column of tiles, so it needs one slice of the vector; as many programs as
+the grid has for each column divide the column's tiles among them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-TILE_ROWS = 64
-CHUNK_BYTES = 2048  # 64 rows of 32 bytes: what one tensor core instruction takes
+TILE_ROWS = 128
+CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
 DENSE_COLUMNS = 160  # of a dense tile: 5 chunks in FP8, 10 in bf16
 EXPERT_CHUNKS = 5
 EXPERT_COLUMNS = 64 * EXPERT_CHUNKS  # of an expert's tile in 4 bits
@@ -43,15 +43,14 @@ class StepSizes:
     alpha: float
     fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
     programs: int
-    consumers: int = 2  # warpgroups of a program that multiply
-    dense_slots: int = 6  # tiles of the ring of dense weights
-    expert_slots: int = 8
+    dense_slots: int = 5  # tiles of the ring of dense weights
+    expert_slots: int = 5
     splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
-        # A slot is always filled for the same consumer within a phase: a barrier's parity is enough.
-        assert self.dense_slots % self.consumers == self.expert_slots % self.consumers == 0
+        columns = (self.width_columns, self.out_columns, self.top_k * self.gate_up_columns)
+        assert max(*columns, self.top_k * self.down_columns, self.router_programs) <= self.programs
         assert self.splits * self.kv_heads <= self.programs
         assert self.norm_groups <= 256 and self.router_programs <= 64
 
@@ -72,7 +71,7 @@ class StepSizes:
 
     @property
     def expert_rows(self) -> int:
-        return EXPERT_CHUNKS * CHUNK_BYTES // ROW_BYTES + SCALE_WORDS
+        return EXPERT_CHUNKS * CHUNK_BYTES // ROW_BYTES + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES
 
     @property
     def qkv_rows(self) -> int:

@@ -2,8 +2,8 @@
 
 One program a processor. In each, a warp for the ring of dense weights and one for the ring of
 experts' weights let the copy engine fill slots; they run ahead of the arithmetic over all phases,
-the dense one without end, the other from the moment the routing is known. `consumers` warpgroups
-take tiles in turn, multiply, and add rows to sums in memory (exchange.py).
+the dense one without end, the other from the moment the routing is known. Eight warps take tile by
+tile, multiply, and add rows to sums in memory (exchange.py).
 
     phase    reads                         multiplies          adds to
     qkv      residual, its norm weight     dense tiles         qkv sums
@@ -41,21 +41,17 @@ from kernels.persistent.multiply import (
 NONE = gl.constexpr(-1e30)
 SAME = gl.constexpr("mov.b32 $0, $1;")
 EVENTS = gl.constexpr(20)
+# Since Triton 3.7 it has another name.
+wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 @gluon.jit
-def stamp(trace, which: gl.constexpr, layer, event: gl.constexpr, S: gl.constexpr):
-    """Write the time in ns to trace [programs, consumers, layers, EVENTS]."""
+def stamp(trace, layer, event: gl.constexpr, S: gl.constexpr):
+    """Write the time in ns to trace [programs, layers, EVENTS]."""
     if trace is not None:
         now = gl.inline_asm_elementwise("mov.u64 $0, %globaltimer; // $1", "=l,r", [layer], dtype=gl.int64, is_pure=False, pack=1)
-        place = ((gl.program_id(0) * S.consumers + which) * S.layers + layer) * EVENTS + event
+        place = (gl.program_id(0) * S.layers + layer) * EVENTS + event
         gl.store(trace + place, now)
-
-
-@gluon.jit
-def share(tiles, program, S: gl.constexpr):
-    """First and last + 1 of a program's tiles."""
-    return (tiles * program) // S.programs, (tiles * (program + 1)) // S.programs
 
 
 @gluon.jit
@@ -64,139 +60,123 @@ def anew(x):
     return gl.inline_asm_elementwise(SAME, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@gluon.jit
+def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr):
+    """A program's column of tiles, and its first and last + 1 block of rows in it."""
+    EACH: gl.constexpr = S.programs // COLUMNS
+    column = program // EACH
+    part = program - column * EACH
+    first = BLOCKS * part // EACH
+    last = gl.where(column < COLUMNS, BLOCKS * (part + 1) // EACH, first)
+    return column, first, last
+
+
 # ------------------------------------------------------------------------------------ producers
 @gluon.jit
-def _load_dense(desc32, desc8, tile, big, small, full, slot, S: gl.constexpr):
+def _load_dense(desc64, desc16, tile, big, small, full, slot, S: gl.constexpr):
     bar = full.index(slot)
     at = tile * S.dense_rows
     mbarrier.expect(bar, S.dense_rows * 256)
     if S.fp8:
-        tma.async_copy_global_to_shared(desc32, [at, 0], bar, big.index(slot))
-        tma.async_copy_global_to_shared(desc8, [at + 32, 0], bar, small.index(slot))
+        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot))
+        tma.async_copy_global_to_shared(desc16, [at + 64, 0], bar, small.index(slot))
     else:
-        tma.async_copy_global_to_shared(desc32, [at, 0], bar, big.index(slot * 2))
-        tma.async_copy_global_to_shared(desc32, [at + 32, 0], bar, big.index(slot * 2 + 1))
-        tma.async_copy_global_to_shared(desc8, [at + 64, 0], bar, small.index(slot * 2))
-        tma.async_copy_global_to_shared(desc8, [at + 72, 0], bar, small.index(slot * 2 + 1))
+        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot * 2))
+        tma.async_copy_global_to_shared(desc64, [at + 64, 0], bar, big.index(slot * 2 + 1))
+        tma.async_copy_global_to_shared(desc16, [at + 128, 0], bar, small.index(slot * 2))
+        tma.async_copy_global_to_shared(desc16, [at + 144, 0], bar, small.index(slot * 2 + 1))
 
 
 @gluon.jit
-def _dense_line(desc32, desc8, base, first, last, n, big, small, full, empty, S: gl.constexpr):
-    """Load tiles [first, last) of a line that begins at tile base; n counts the ring's tiles."""
-    i = first
-    while i < last:
+def _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr):
+    """Load the tiles from base + first to base + last; n counts the ring's tiles."""
+    for i in range(first, last):
         slot = n % S.dense_slots
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
-        _load_dense(desc32, desc8, base + i, big, small, full, slot, S)
-        i += 1
+        _load_dense(desc64, desc16, base + i, big, small, full, slot, S)
         n += 1
     return n
 
 
 @gluon.jit
-def dense_producer(desc32, desc8, big, small, full, empty, S: gl.constexpr):
+def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
     """One warp: every dense tile of this program, in the order in which they are multiplied."""
     program = gl.program_id(0)
-    qkv0, qkv1 = share(S.qkv_tiles, program, S)
-    out0, out1 = share(S.out_tiles, program, S)
+    qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
+    out_column, out0, out1 = share(program, S.out_columns, S.out_blocks, S)
     n = 0
     for layer in range(S.layers):
-        base = layer * S.layer_tiles
-        n = _dense_line(desc32, desc8, base, qkv0, qkv1, n, big, small, full, empty, S)
-        n = _dense_line(desc32, desc8, base + S.qkv_tiles, out0, out1, n, big, small, full, empty, S)
-    CONSUMERS: gl.constexpr = S.consumers
-    first, last = share(S.head_blocks, program, S)
-    base = S.layers * S.layer_tiles
-    block = first
-    while block < last:  # the consumers' blocks of rows side by side
-        for column in range(S.width_columns):
-            for c in gl.static_range(CONSUMERS):
-                if block + c < last:
-                    slot = n % S.dense_slots
-                    mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
-                    tile = base + (block + c) * S.width_columns + column
-                    _load_dense(desc32, desc8, tile, big, small, full, slot, S)
-                n += 1
-        block += S.consumers
+        base = layer * S.layer_tiles + qkv_column * S.qkv_blocks
+        n = _dense_line(desc64, desc16, base, qkv0, qkv1, n, big, small, full, empty, S)
+        base = layer * S.layer_tiles + S.qkv_tiles + out_column * S.out_blocks
+        n = _dense_line(desc64, desc16, base, out0, out1, n, big, small, full, empty, S)
+    first = S.head_blocks * program // S.programs * S.width_columns
+    last = S.head_blocks * (program + 1) // S.programs * S.width_columns
+    _dense_line(desc64, desc16, S.layers * S.layer_tiles, first, last, n, big, small, full, empty, S)
 
 
 @gluon.jit
-def _expert_line(desc32, desc8, desc4, expert_base, ids, tiles: gl.constexpr, offset: gl.constexpr, n, big, small, scales, full, empty, S: gl.constexpr):
-    """Load this program's tiles of a phase of the chosen experts."""
-    i, last = share(S.top_k * tiles, gl.program_id(0), S)
-    while i < last:
+def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S: gl.constexpr):
+    for i in range(first, last):
         slot = n % S.expert_slots
         mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
-        place = i // tiles
-        expert = gl.where(place == 0, ids[0], gl.where(place == 1, ids[1], gl.where(place == 2, ids[2], ids[3])))
-        at = ((expert_base + expert) * S.expert_tiles + offset + i - place * tiles) * S.expert_rows
+        at = (base + i) * S.expert_rows
         bar = full.index(slot)
-        mbarrier.expect(bar, (32 + 8 + 4) * 256)
-        tma.async_copy_global_to_shared(desc32, [at, 0], bar, big.index(slot))
-        tma.async_copy_global_to_shared(desc8, [at + 32, 0], bar, small.index(slot))
-        tma.async_copy_global_to_shared(desc4, [at + 40, 0], bar, scales.index(slot))
-        i += 1
+        mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
+        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot))
+        tma.async_copy_global_to_shared(desc16, [at + 64, 0], bar, small.index(slot))
+        tma.async_copy_global_to_shared(desc8, [at + 80, 0], bar, scales.index(slot))
         n += 1
     return n
 
 
 @gluon.jit
-def expert_producer(desc32, desc8, desc4, big, small, scales, full, empty, chosen, routed, S: gl.constexpr):
+def expert_producer(desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    program = gl.program_id(0)
+    up_column, up0, up1 = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
+    down_column, down0, down1 = share(program, S.top_k * S.down_columns, S.down_blocks, S)
     n = 0
     for layer in range(S.layers):
         mbarrier.wait(routed.index(0), layer & 1)
-        e0 = gl.sum(chosen.index(0).load(ONE), 0)
-        e1 = gl.sum(chosen.index(1).load(ONE), 0)
-        e2 = gl.sum(chosen.index(2).load(ONE), 0)
-        e3 = gl.sum(chosen.index(3).load(ONE), 0)
-        base = layer * S.experts
-        ids = (e0, e1, e2, e3)
-        n = _expert_line(desc32, desc8, desc4, base, ids, S.gate_up_tiles, 0, n, big, small, scales, full, empty, S)
-        n = _expert_line(desc32, desc8, desc4, base, ids, S.down_tiles, S.gate_up_tiles, n, big, small, scales, full, empty, S)
+        first_tile = layer * S.experts * S.expert_tiles
+        place = gl.minimum(up_column // S.gate_up_columns, S.top_k - 1)
+        expert = gl.sum(chosen.index(place).load(ONE), 0)
+        base = first_tile + expert * S.expert_tiles + (up_column % S.gate_up_columns) * S.gate_up_blocks
+        n = _expert_line(desc64, desc16, desc8, base, up0, up1, n, big, small, scales, full, empty, S)
+        place = gl.minimum(down_column // S.down_columns, S.top_k - 1)
+        expert = gl.sum(chosen.index(place).load(ONE), 0)
+        base = first_tile + expert * S.expert_tiles + S.gate_up_tiles + (down_column % S.down_columns) * S.down_blocks
+        n = _expert_line(desc64, desc16, desc8, base, down0, down1, n, big, small, scales, full, empty, S)
 
 
 # ------------------------------------------------------------------------- slices of the vector
 @gluon.jit
-def _scaled(v, GROUPS: gl.constexpr):
+def _scaled(v):
     """v times a power of two that E4M3 holds, and the inverse of that."""
     scale, unscale = power_of_two_for(gl.max(gl.max(gl.abs(v), 1), 0))
     return v * scale, unscale
 
 
 @gluon.jit
-def _share_slices(ready, phase, S: gl.constexpr):
-    """Until the slices of all consumers of this program stand in shared memory."""
+def _slice_stored():
+    """The tensor cores can read what all warps have stored."""
     fence_async_shared()
-    bar = ready.index(phase & 1)
-    mbarrier.arrive(bar, count=1)
-    mbarrier.wait(bar, (phase >> 1) & 1)
-
-
-@gluon.jit
-def _store_dense(v, store, xscale, at, S: gl.constexpr):
-    """A slice of 160 columns for dense tiles, v [8, 32] or [16, 16]."""
-    SCALAR: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    if S.fp8:
-        v, unscale = _scaled(v, 8)
-        store_fp8_terms(v, store.index(at), 8)
-        xscale.index(at).store(gl.full([1], 0.0, gl.float32, layout=SCALAR) + unscale)
-    else:
-        store_bf16_terms(v, store.index(at), 16)
+    wait_for_warps()
 
 
 @gluon.jit
 def _dense_places(column, S: gl.constexpr):
-    """Layout-bearing group and element numbers of a slice of 160 columns."""
+    """Group numbers, element numbers and which are there, of a slice of 160 columns."""
     if S.fp8:
-        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
         g = gl.arange(0, 8, layout=gl.SliceLayout(1, L))
         i = gl.arange(0, 32, layout=gl.SliceLayout(0, L))
         inside = (g < 5)[:, None] & (i >= 0)[None, :]
         k = column * 160 + gl.minimum(g, 4)[:, None] * 32 + i[None, :]
     else:
-        L: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [4, 1], [1, 0])
+        L: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0])
         g = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
         i = gl.arange(0, 16, layout=gl.SliceLayout(0, L))
         inside = (g < 10)[:, None] & (i >= 0)[None, :]
@@ -205,26 +185,76 @@ def _dense_places(column, S: gl.constexpr):
 
 
 @gluon.jit
+def _store_dense(v, store, at, S: gl.constexpr):
+    """A slice of 160 columns for dense tiles, v [8, 32] or [16, 16]; what multiplies its sums."""
+    if S.fp8:
+        v, unscale = _scaled(v)
+        store_fp8_terms(v, store.index(at), 8)
+    else:
+        store_bf16_terms(v, store.index(at), 16)
+        unscale = 1.0
+    return unscale
+
+
+@gluon.jit
 def _residual_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
-    """160 numbers of the residual: plain ones, weighted by the norm, and the sums of squares."""
+    """160 numbers of the residual: weighted by the norm, and the sums of plain ones' squares."""
     g, inside, k = _dense_places(column, S)
     inside = inside & (k < S.width)
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
-    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
+    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 1), zero)
     x = gl.where(inside, x, 0.0)
     return g, x * weight, gl.sum(x * x, 1)
 
 
 @gluon.jit
+def _attention_slice(attention, tag, column, S: gl.constexpr):
+    """160 outputs of attention."""
+    g, inside, k = _dense_places(column, S)
+    inside = inside & (k < S.attention_width)
+    a = wait_for_tagged(attention + gl.minimum(k, S.attention_width - 1), tag, 1)
+    return gl.where(inside, a, 0.0)
+
+
+@gluon.jit
 def _expert_places(column):
-    """Group and element numbers of a slice of 320 columns, [16, 32]."""
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    """Element numbers of a slice of 320 columns, [16, 32], and which are there."""
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
     g = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
     i = gl.arange(0, 32, layout=gl.SliceLayout(0, L))
     inside = (g < 10)[:, None] & (i >= 0)[None, :]
     return inside, column * 320 + gl.minimum(g, 9)[:, None] * 32 + i[None, :]
+
+
+@gluon.jit
+def _gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
+    """320 numbers of the residual, weighted by the norm, [16, 32]."""
+    inside, k = _expert_places(column)
+    inside = inside & (k < S.width)
+    k = gl.minimum(k, S.width - 1)
+    weight = gl.load(norm_ptr + k).to(gl.float32)
+    zero = gl.zeros_like(k.to(gl.int64))
+    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
+    return gl.where(inside, x * weight, 0.0)
+
+
+@gluon.jit
+def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
+    """320 activations of an expert, [16, 32], and what the sums were."""
+    inside, k = _expert_places(column)
+    inside = inside & (k < S.hidden)
+    k = gl.minimum(k, S.hidden - 1)
+    gate_bias = gl.load(bias_ptr + 2 * k).to(gl.float32)
+    up_bias = gl.load(bias_ptr + 2 * k + 1).to(gl.float32)
+    complete = gl.zeros_like(old_gate) + S.gate_up_columns
+    gates = wait_for_sums(sums_ptr + 2 * k, old_gate, complete, 2)
+    ups = wait_for_sums(sums_ptr + 2 * k + 1, old_up, complete, 2)
+    gate = gl.minimum(sum_of(gates, old_gate) * factor + gate_bias, S.limit)
+    up = gl.minimum(gl.maximum(sum_of(ups, old_up) * factor + up_bias, -S.limit), S.limit)
+    hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
+    return gl.where(inside, hidden, 0.0), gates, ups
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -240,7 +270,7 @@ def _cached(ptr, begin, end, slots, half: gl.constexpr, WIDTH: gl.constexpr, L: 
 @gluon.jit
 def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, factor: gl.constexpr):
     """128 cached positions more."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     scores = gl.zeros([16, 128], gl.float32, layout=MMA)
@@ -263,7 +293,7 @@ def _qkv_places(kv_head, S: gl.constexpr):
     its query heads, of its key and of its value; the second halves are C / 2 further on."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
     r = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
     head = gl.where(r < R, kv_head * R + r, S.heads + kv_head + gl.where(r == R, 0, S.kv_heads))
     return r, head[:, None] * C + gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))[None, :]
@@ -312,11 +342,11 @@ def attend(
     """One kv head's share of the cache: rotate, write the new row, attend, publish."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 4], [16, 8])
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    L: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
-    KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [4, 1], [1, 0])
-    VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
+    KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
+    VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     per = gl.cdiv(position - first, used)
     begin = first + split * per
     end = gl.minimum(begin + per, position)
@@ -337,12 +367,12 @@ def attend(
         scale_hi = gl.load(qkv_scale + layer * S.qkv_rows + place + C // 2)
     # The norm's factor, from the squares of the residual.
     PARTS: gl.constexpr = 128 if S.norm_groups <= 128 else 256
-    EACH: gl.constexpr = gl.BlockedLayout([PARTS // 32], [32], [4], [0])  # in every warp
+    EACH: gl.constexpr = gl.BlockedLayout([PARTS // 32], [32], [8], [0])  # in every warp
     groups = gl.arange(0, PARTS, layout=EACH)
     found = wait_for_tagged(squares + gl.minimum(groups, S.norm_groups - 1), tag, 4)
     factor = gl.rsqrt(gl.sum(gl.where(groups < S.norm_groups, found, 0.0), 0) / S.width + S.eps)
     lo, hi = wait_for_qkv(qkv, kv_head, old_lo, old_hi, layer, S)
-    stamp(trace, 0, layer, 4, S)
+    stamp(trace, layer, 4, S)
     if S.fp8:
         lo = lo * (factor * scale_lo) + bias_lo
         hi = hi * (factor * scale_hi) + bias_hi
@@ -375,18 +405,18 @@ def attend(
         acc = acc + gl.convert_layout(value, gl.SliceLayout(0, MMA))[None, :]
     q_lo = gl.convert_layout(q_lo, A)
     q_hi = gl.convert_layout(q_hi, A)
-    biggest, total, acc = _attend_block(
-        q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, scale
-    )
-    s = begin + 128
-    while s < end:
-        k_lo = _cached(k_at, s, end, slots, 0, C // 2, KL, C)
-        k_hi = _cached(k_at, s, end, slots, 1, C // 2, KL, C)
-        v = _cached(v_at, s, end, slots, 0, C, VL, C)
+    s = begin
+    more = begin < end
+    while more:
         biggest, total, acc = _attend_block(
             q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
         s += 128
+        more = s < end
+        if more:
+            k_lo = _cached(k_at, s, end, slots, 0, C // 2, KL, C)
+            k_hi = _cached(k_at, s, end, slots, 1, C // 2, KL, C)
+            v = _cached(v_at, s, end, slots, 0, C, VL, C)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if used == 1:
@@ -412,14 +442,14 @@ def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr)
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
     MINE: gl.constexpr = R * C // S.splits
-    L: gl.constexpr = gl.BlockedLayout([4, 1], [8, 4], [1, 4], [0, 1])
+    L: gl.constexpr = gl.BlockedLayout([2, 1], [8, 4], [1, 8], [0, 1])
     accs, peaks, totals = parts
     e = split * MINE + gl.arange(0, MINE, layout=gl.SliceLayout(0, L))
     s = gl.arange(0, S.splits, layout=gl.SliceLayout(1, L))
     part = (kv_head * S.splits + s)[:, None] * R + (e // C)[None, :]
-    acc = wait_for_tagged(accs + part * C + (e % C)[None, :], tag, 4)
-    peak = wait_for_tagged(peaks + part, tag, 4)
-    total = wait_for_tagged(totals + part, tag, 4)
+    acc = wait_for_tagged(accs + part * C + (e % C)[None, :], tag, 2)
+    peak = wait_for_tagged(peaks + part, tag, 2)
+    total = wait_for_tagged(totals + part, tag, 2)
     head = kv_head * R + e // C
     sink = gl.load(sinks + layer * S.heads + head).to(gl.float32)
     biggest = gl.maximum(gl.max(peak, 0), sink)
@@ -432,20 +462,20 @@ def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr)
 @gluon.jit
 def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, squares, S: gl.constexpr, E2: gl.constexpr):
     """64 columns of the router: their part of all experts' logits, and their squares."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     e = gl.arange(0, E2, layout=gl.SliceLayout(1, L))
-    k = program * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    i = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
+    k = program * 64 + i
     inside = k < S.width
     row = gl.minimum(e, S.experts - 1)
-    w = gl.load(router + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 64 + (k - program * 64)[None, :])
+    w = gl.load(router + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 64 + i[None, :])
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
     x = gl.where(inside, sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 4), zero), 0.0)
     z = gl.sum(w.to(gl.float32) * (x * weight)[None, :], 1)
-    fixed = (z * 268435456.0).to(gl.int64) * 256 + 1
-    gl.atomic_add(sums + row, fixed, mask=e < S.experts, sem="relaxed", scope="gpu")
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    add_to_sums(sums + row, z, 1, e < S.experts)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     one = gl.arange(0, 1, layout=ONE)
     publish(squares + program + one, gl.zeros([1], gl.float32, layout=ONE) + gl.sum(x * x, 0), tag, one == 0)
 
@@ -456,14 +486,14 @@ def choose(layer, bias, old, tag, sums, squares, S: gl.constexpr, E2: gl.constex
 
     Every warp does it alone: 128 logits are four a lane.
     """
-    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [4], [0])
-    Q: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    part = gl.arange(0, 64, layout=Q)
-    found = wait_for_tagged(squares + gl.minimum(part, S.router_programs - 1), tag, 2)
-    factor = gl.rsqrt(gl.sum(gl.where(part < S.router_programs, found, 0.0), 0) / S.width + S.eps)
+    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
+    Q: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     e = gl.arange(0, E2, layout=EACH)
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
+    part = gl.arange(0, 64, layout=Q)
+    found = wait_for_tagged(squares + gl.minimum(part, S.router_programs - 1), tag, 2)
+    factor = gl.rsqrt(gl.sum(gl.where(part < S.router_programs, found, 0.0), 0) / S.width + S.eps)
     words = wait_for_sums(sums + row, old, gl.zeros_like(old) + S.router_programs, E2 // 32)
     logits = sum_of(words, old) * factor + add
     bits = logits.to(gl.int32, bitcast=True)
@@ -493,213 +523,98 @@ def pick(place, four):
     return gl.where(place == 0, four[0], gl.where(place == 1, four[1], gl.where(place == 2, four[2], four[3])))
 
 
-# ------------------------------------------------------------------------------------ consumers
+# ------------------------------------------------------------------------------- tiles of phases
 @gluon.jit
-def _begin(program, token, embedding, residual, S: gl.constexpr):
-    """The token's embedding is the first contribution to the residual."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    d = program * 128 + gl.arange(0, 128, layout=L)
-    row = embedding + gl.load(token).to(gl.int64) * S.width
-    x = gl.load(row + d, mask=d < S.width, other=0.0).to(gl.float32)
-    fixed = (x * 268435456.0).to(gl.int64) * 256 + 1
-    gl.atomic_add(residual + d, fixed, mask=d < S.width, sem="relaxed", scope="gpu")
-
-
-@gluon.jit
-def _gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
-    """320 numbers of the residual, weighted by the norm, [16, 32]."""
-    inside, k = _expert_places(column)
-    inside = inside & (k < S.width)
-    k = gl.minimum(k, S.width - 1)
-    weight = gl.load(norm_ptr + k).to(gl.float32)
-    zero = gl.zeros_like(k.to(gl.int64))
-    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 4), zero)
-    return gl.where(inside, x * weight, 0.0)
-
-
-@gluon.jit
-def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
-    """320 activations of an expert, [16, 32], and what the sums were."""
-    inside, k = _expert_places(column)
-    inside = inside & (k < S.hidden)
-    k = gl.minimum(k, S.hidden - 1)
-    gate_bias = gl.load(bias_ptr + 2 * k).to(gl.float32)
-    up_bias = gl.load(bias_ptr + 2 * k + 1).to(gl.float32)
-    complete = gl.zeros_like(old_gate) + S.gate_up_columns
-    gates = wait_for_sums(sums_ptr + 2 * k, old_gate, complete, 4)
-    ups = wait_for_sums(sums_ptr + 2 * k + 1, old_up, complete, 4)
-    gate = gl.minimum(sum_of(gates, old_gate) * factor + gate_bias, S.limit)
-    up = gl.minimum(gl.maximum(sum_of(ups, old_up) * factor + up_bias, -S.limit), S.limit)
-    hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
-    return gl.where(inside, hidden, 0.0), gates, ups
-
-
-@gluon.jit
-def _store_expert(v, xe_store, xscale, at):
-    SCALAR: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    v, unscale = _scaled(v, 16)
-    store_fp8_terms(v, xe_store.index(at), 16)
-    xscale.index(at).store(gl.zeros([1], gl.float32, layout=SCALAR) + unscale)
-
-
-@gluon.jit
-def _attention_slice(attention, tag, column, S: gl.constexpr):
-    """160 outputs of attention."""
-    g, inside, k = _dense_places(column, S)
-    inside = inside & (k < S.attention_width)
-    a = wait_for_tagged(attention + gl.minimum(k, S.attention_width - 1), tag, 2)
-    return gl.where(inside, a, 0.0)
-
-
-@gluon.jit
-def _clear(program, words, COUNT: gl.constexpr, S: gl.constexpr):
-    """Zeros in the set of sums that the next launch uses."""
-    L: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
-    at = program * 256 + gl.arange(0, 256, layout=L)
-    for _ in range(0, gl.cdiv(COUNT, S.programs * 256)):
-        gl.store(words + at, gl.zeros([256], gl.int64, layout=L), mask=at < COUNT)
-        at += S.programs * 256
-
-
-@gluon.jit
-def _scalar(memory, at):
-    """A number that stands alone in shared memory."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    return gl.sum(memory.index(at).load(L), 0)
-
-
-@gluon.jit
-def _qkv_tiles(which, first, last, done, c0, buffer, big, small, xd, xscale, full, empty, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32 if S.fp8 else 16])
-    GROUPS: gl.constexpr = 8 if S.fp8 else 16
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([64, 8], gl.float32, layout=MMA)
-    if S.fp8:
-        unscale0 = _scalar(xscale, buffer)
-        unscale1 = _scalar(xscale, buffer + 1)
-    i = first + which
-    n = done + which
-    while i < last:
-        column = i // S.qkv_blocks
+def _qkv_tiles(first, last, n, unscale, big, small, xs, x, full, empty, sums, S: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    for block in range(first, last):
         slot = n % S.dense_slots
         mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-        acc = dense_tile(big, small, xd, (buffer + column - c0) * GROUPS, slot, zero, S)
+        acc = dense_tile(big, small, xs, x, slot, zero, S)
         mbarrier.arrive(empty.index(slot), count=1)
-        value = row_sums(acc, MMA, S.fp8)
-        if S.fp8:
-            value *= gl.where(column == c0, unscale0, unscale1)
-        add_to_sums(sums + (i - column * S.qkv_blocks) * 64 + lane, value, 1)
-        i += S.consumers
-        n += S.consumers
+        add_to_sums(sums + block * 128 + lane, row_sums(acc, MMA, S.fp8) * unscale, 1, lane >= 0)
+        n += 1
+    return n
 
 
 @gluon.jit
-def _out_tiles(which, first, last, done, c0, buffer, big, small, xd, xscale, full, empty, scale_ptr, bias_ptr, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32 if S.fp8 else 16])
-    GROUPS: gl.constexpr = 8 if S.fp8 else 16
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([64, 8], gl.float32, layout=MMA)
-    if S.fp8:
-        unscale0 = _scalar(xscale, buffer)
-        unscale1 = _scalar(xscale, buffer + 1)
-    i = first + which
-    n = done + which
-    while i < last:
-        column = i // S.out_blocks
+def _out_tiles(column, first, last, n, unscale, big, small, xs, x, full, empty, scale_ptr, bias_ptr, sums, S: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    for block in range(first, last):
         slot = n % S.dense_slots
-        row = (i - column * S.out_blocks) * 64 + lane
+        row = block * 128 + lane
         safe = gl.minimum(row, S.width - 1)
         bias = gl.load(bias_ptr + safe).to(gl.float32)
         if S.fp8:
             scale = gl.load(scale_ptr + safe)
         mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-        acc = dense_tile(big, small, xd, (buffer + column - c0) * GROUPS, slot, zero, S)
+        acc = dense_tile(big, small, xs, x, slot, zero, S)
         mbarrier.arrive(empty.index(slot), count=1)
         value = row_sums(acc, MMA, S.fp8)
         if S.fp8:
-            value *= gl.where(column == c0, unscale0, unscale1) * scale
-        add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1)
-        i += S.consumers
-        n += S.consumers
+            value *= unscale * scale
+        add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1, row < S.width)
+        n += 1
+    return n
 
 
 @gluon.jit
-def _gate_up_tiles(which, first, last, done, c0, buffer, big, small, scales, xe, xscale, full, empty, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([64, 8], gl.float32, layout=MMA)
-    unscale0 = _scalar(xscale, buffer) * 64.0
-    unscale1 = _scalar(xscale, buffer + 1) * 64.0
-    i = first + which
-    n = done + which
-    while i < last:
-        column = i // S.gate_up_blocks
-        block = i - column * S.gate_up_blocks + column // S.gate_up_columns * S.gate_up_blocks
+def _gate_up_tiles(first, last, n, unscale, big, small, scales, xs, x, full, empty, sums, S: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    for block in range(first, last):
         slot = n % S.expert_slots
         mbarrier.wait(full.index(slot), (n // S.expert_slots) & 1)
-        acc = expert_tile(big, small, scales, xe, (buffer + column - c0) * 16, slot, zero)
+        acc = expert_tile(big, small, scales, xs, x, slot, zero)
         mbarrier.arrive(empty.index(slot), count=1)
-        value = row_sums(acc, MMA, True) * gl.where(column == c0, unscale0, unscale1)
-        add_to_sums(sums + block * 64 + lane, value, 1)
-        i += S.consumers
-        n += S.consumers
+        value = row_sums(acc, MMA, True) * (unscale * 64.0)
+        add_to_sums(sums + block * 128 + lane, value, 1, lane >= 0)
+        n += 1
+    return n
 
 
 @gluon.jit
-def _down_tiles(which, first, last, done, c0, buffer, big, small, scales, xe, xscale, full, empty, bias_ptr, ids, mixing, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([64, 8], gl.float32, layout=MMA)
-    unscale0 = _scalar(xscale, buffer) * 64.0
-    unscale1 = _scalar(xscale, buffer + 1) * 64.0
-    i = first + which
-    n = done + which
-    while i < last:
-        column = i // S.down_blocks
-        place = column // S.down_columns
-        row = (i - column * S.down_blocks) * 64 + lane
-        bias = gl.load(bias_ptr + pick(place, ids) * S.width + gl.minimum(row, S.width - 1))
+def _down_tiles(column, first, last, n, unscale, mixing, big, small, scales, xs, x, full, empty, bias_ptr, sums, S: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    for block in range(first, last):
         slot = n % S.expert_slots
+        row = block * 128 + lane
+        bias = gl.load(bias_ptr + gl.minimum(row, S.width - 1)).to(gl.float32)
         mbarrier.wait(full.index(slot), (n // S.expert_slots) & 1)
-        acc = expert_tile(big, small, scales, xe, (buffer + column - c0) * 16, slot, zero)
+        acc = expert_tile(big, small, scales, xs, x, slot, zero)
         mbarrier.arrive(empty.index(slot), count=1)
-        value = row_sums(acc, MMA, True) * gl.where(column == c0, unscale0, unscale1)
-        value += gl.where(column % S.down_columns == 0, bias.to(gl.float32), 0.0)
-        add_to_sums(sums + row, value * pick(place, mixing), 1)
-        i += S.consumers
-        n += S.consumers
+        value = row_sums(acc, MMA, True) * (unscale * 64.0) + gl.where(column == 0, bias, 0.0)
+        add_to_sums(sums + row, value * mixing, 1, row < S.width)
+        n += 1
+    return n
 
 
 @gluon.jit
-def _head_slices(which, x_ptr, norm_ptr, count, phase, hstore, hscale, hsquares, ready, S: gl.constexpr):
-    """The whole residual for the head; returns its norm's factor."""
-    L: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    CONSUMERS: gl.constexpr = S.consumers
-    column = which
-    mine = gl.zeros([1], gl.float32, layout=L)
-    for column in range(which, S.width_columns, CONSUMERS):
-        g, x, squares = _residual_slice(x_ptr, norm_ptr, count, column, S)
-        mine += gl.sum(squares, 0)
-        _store_dense(x, hstore, hscale, column, S)
-    hsquares.index(which).store(mine)
-    _share_slices(ready, phase, S)
-    total = _scalar(hsquares, 0)
-    for c in gl.static_range(1, CONSUMERS):
-        total += _scalar(hsquares, c)
-    return gl.rsqrt(total / S.width + S.eps)
-
-
-@gluon.jit
-def _head_tiles(which, done, factor, big, small, xh, hscale, full, empty, scale_ptr, logits, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32 if S.fp8 else 16])
+def _head(n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty, scale_ptr, logits, S: gl.constexpr):
+    """Logits: the whole residual times this program's blocks of rows."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     GROUPS: gl.constexpr = 8 if S.fp8 else 16
-    lane = gl.arange(0, 64, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([64, 8], gl.float32, layout=MMA)
-    first, last = share(S.head_blocks, gl.program_id(0), S)
-    block = first + which
-    n = done + which
-    while block < last:
-        row = block * 64 + lane
+    squares = 0.0
+    for column in range(S.width_columns):
+        g, x, ss = _residual_slice(x_ptr, norm_ptr, count, column, S)
+        squares += gl.sum(ss, 0)
+        unscale = _store_dense(x, store, column, S)
+        hscale.index(column).store(gl.zeros([1], gl.float32, layout=ONE) + unscale)
+    factor = gl.rsqrt(squares / S.width + S.eps)
+    _slice_stored()
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    program = gl.program_id(0)
+    for block in range(S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs):
+        row = block * 128 + lane
         safe = gl.minimum(row, S.vocabulary - 1)
         if S.fp8:
             scale = gl.load(scale_ptr + safe)
@@ -707,216 +622,199 @@ def _head_tiles(which, done, factor, big, small, xh, hscale, full, empty, scale_
         for column in range(S.width_columns):
             slot = n % S.dense_slots
             mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-            part = dense_tile(big, small, xh, column * GROUPS, slot, zero, S)
+            part = dense_tile(big, small, xs, column * GROUPS, slot, zero, S)
             mbarrier.arrive(empty.index(slot), count=1)
             if S.fp8:
-                acc += part * _scalar(hscale, column)
+                acc += part * gl.sum(hscale.index(column).load(ONE), 0)
             else:
                 acc += part
-            n += S.consumers
+            n += 1
         value = row_sums(acc, MMA, S.fp8) * factor
         if S.fp8:
             value *= scale
         gl.store(logits + row, value, mask=row < S.vocabulary)
-        block += S.consumers
+
+
+# ------------------------------------------------------------------------------------ consumers
+@gluon.jit
+def _begin(program, token, embedding, residual, S: gl.constexpr):
+    """The token's embedding is the first contribution to the residual."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    d = program * 256 + gl.arange(0, 256, layout=L)
+    row = embedding + gl.load(token).to(gl.int64) * S.width
+    x = gl.load(row + d, mask=d < S.width, other=0.0).to(gl.float32)
+    add_to_sums(residual + d, x, 1, d < S.width)
+
+
+@gluon.jit
+def _clear(program, words, COUNT: gl.constexpr, S: gl.constexpr):
+    """Zeros in the set of sums that the next launch uses."""
+    L: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
+    at = program * 512 + gl.arange(0, 512, layout=L)
+    for _ in range(0, gl.cdiv(COUNT, S.programs * 512)):
+        gl.store(words + at, gl.zeros([512], gl.int64, layout=L), mask=at < COUNT)
+        at += S.programs * 512
 
 
 @gluon.jit
 def consumer(
-    which: gl.constexpr, token, position_ptr, counter, embedding, norms, moe_norms, final_norm,
-    qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias,
-    head_scale, cos, sin, cache, cache_table, sums, tagged, logits,
-    dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull, eempty, chosen, routed,
-    xs, xscale, ready, hs, hscale, hsquares, trace, S: gl.constexpr, E2: gl.constexpr,
+    token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
+    sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin,
+    cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
+    efull, eempty, chosen, routed, xs, hscale, trace, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
-    """A warpgroup: every consumers-th tile of this program, and its share of the rest."""
+    """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
     SWIZZLED8_3: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
     SWIZZLED16: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=2)
     SWIZZLED16_3: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=3)
-    FLAT5: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    SCALAR: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     UNITS: gl.constexpr = S.dense_slots * (1 if S.fp8 else 2)
+    # The head's slices stand where the experts' tiles did. Two slices in xs: of this phase and of
+    # the next, for warps that are behind.
     if S.fp8:
-        big = dbig._reinterpret(gl.float8e4nv, [UNITS * 4, 64, 32], SWIZZLED8)
-        small = dsmall._reinterpret(gl.float8e4nv, [UNITS, 64, 32], SWIZZLED8)
-        xd = xs._reinterpret(gl.float8e4nv, [64, 8, 32], SWIZZLED8)
-        xh = hs._reinterpret(gl.float8e4nv, [S.width_columns * 8, 8, 32], SWIZZLED8)
-        xstore = xs._reinterpret(gl.float8e4nv, [8, 8, 8, 32], SWIZZLED8_3)
-        hstore = hs._reinterpret(gl.float8e4nv, [S.width_columns, 8, 8, 32], SWIZZLED8_3)
+        big = dbig._reinterpret(gl.float8e4nv, [UNITS * 4, 128, 32], SWIZZLED8)
+        small = dsmall._reinterpret(gl.float8e4nv, [UNITS, 128, 32], SWIZZLED8)
+        xd = xs._reinterpret(gl.float8e4nv, [32, 8, 32], SWIZZLED8)
+        xstore = xs._reinterpret(gl.float8e4nv, [4, 8, 8, 32], SWIZZLED8_3)
+        xh = ebig._reinterpret(gl.float8e4nv, [S.width_columns * 8, 8, 32], SWIZZLED8)
+        hstore = ebig._reinterpret(gl.float8e4nv, [S.width_columns, 8, 8, 32], SWIZZLED8_3)
+        STORE: gl.constexpr = 2  # of xstore between the two slices
     else:
-        big = dbig._reinterpret(gl.bfloat16, [UNITS * 4, 64, 16], SWIZZLED16)
-        small = dsmall._reinterpret(gl.bfloat16, [UNITS, 64, 16], SWIZZLED16)
-        xd = xs._reinterpret(gl.bfloat16, [64, 8, 16], SWIZZLED16)
-        xh = hs._reinterpret(gl.bfloat16, [S.width_columns * 16, 8, 16], SWIZZLED16)
-        xstore = xs._reinterpret(gl.bfloat16, [4, 16, 8, 16], SWIZZLED16_3)
-        hstore = hs._reinterpret(gl.bfloat16, [S.width_columns, 16, 8, 16], SWIZZLED16_3)
-    xe_store = xs._reinterpret(gl.float8e4nv, [4, 16, 8, 32], SWIZZLED8_3)
-    xe = xs._reinterpret(gl.float8e4nv, [64, 8, 32], SWIZZLED8)
-    wbig = ebig._reinterpret(gl.int32, [S.expert_slots * 4, 4, 8, 4, 4], FLAT5)
-    wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 4, 8, 4, 4], FLAT5)
-    wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 64], FLAT)
+        big = dbig._reinterpret(gl.bfloat16, [UNITS * 4, 128, 16], SWIZZLED16)
+        small = dsmall._reinterpret(gl.bfloat16, [UNITS, 128, 16], SWIZZLED16)
+        xd = xs._reinterpret(gl.bfloat16, [32, 8, 16], SWIZZLED16)
+        xstore = xs._reinterpret(gl.bfloat16, [2, 16, 8, 16], SWIZZLED16_3)
+        xh = ebig._reinterpret(gl.bfloat16, [S.width_columns * 16, 8, 16], SWIZZLED16)
+        hstore = ebig._reinterpret(gl.bfloat16, [S.width_columns, 16, 8, 16], SWIZZLED16_3)
+        STORE: gl.constexpr = 1
+    xe = xs._reinterpret(gl.float8e4nv, [32, 8, 32], SWIZZLED8)
+    estore = xs._reinterpret(gl.float8e4nv, [2, 16, 8, 32], SWIZZLED8_3)
+    wbig = ebig._reinterpret(gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
+    wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
+    wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
 
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
-
     # Sums: two sets, of which this launch uses one and clears the other.
-    QKV: gl.constexpr = S.out_blocks * 64
-    GATE_UP: gl.constexpr = QKV + S.qkv_blocks * 64
-    ROUTER: gl.constexpr = GATE_UP + S.top_k * S.gate_up_blocks * 64
+    QKV: gl.constexpr = S.out_blocks * 128
+    GATE_UP: gl.constexpr = QKV + S.qkv_blocks * 128
+    ROUTER: gl.constexpr = GATE_UP + S.top_k * S.gate_up_blocks * 128
     WORDS: gl.constexpr = ROUTER + E2
-    mine = sums + (launch & 1) * WORDS
-    if which == S.consumers - 1:
-        _clear(program, sums + ((launch & 1) ^ 1) * WORDS, WORDS, S)
-    residual = mine
-    qkv = mine + QKV
-    gate_up = mine + GATE_UP
-    router_sums = mine + ROUTER
+    residual = sums + (launch & 1) * WORDS
+    qkv = residual + QKV
+    gate_up = residual + GATE_UP
+    router_sums = residual + ROUTER
     squares = tagged
     router_squares = tagged + 256
     attention = tagged + 320
     accs = attention + S.attention_width
     peaks = accs + S.splits * S.attention_width
     totals = peaks + S.splits * S.heads
-    parts = (accs, peaks, totals)
+    _begin(program, token, embedding, residual, S)
+    _clear(program, sums + ((launch & 1) ^ 1) * WORDS, WORDS, S)
 
-    if which == 0:
-        _begin(program, token, embedding, residual, S)
-
-    # What the sums were when this consumer read them last.
-    QL: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [4, 1], [1, 0])
+    # What the sums were when this program read them last.
+    QL: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
     HALF: gl.constexpr = S.head_width // 2
     old_lo = gl.zeros([16, HALF], gl.int64, layout=QL)
     old_hi = gl.zeros([16, HALF], gl.int64, layout=QL)
-    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [4], [0])
+    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
     old_router = gl.zeros([E2], gl.int64, layout=EACH)
-    XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [4, 1], [1, 0])
+    XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
     old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
     old_up = gl.zeros([16, 32], gl.int64, layout=XL)
-
     dn = 0  # tiles of the rings so far
     en = 0
-    phase = 0
     count = 1  # contributions to a row of the residual so far
     for layer in range(S.layers):
         tag = launch * S.layers + layer + 1
-        if trace is not None:
-            sm = gl.inline_asm_elementwise("mov.u32 $0, %smid; // $1", "=r,r", [layer], dtype=gl.int32, is_pure=False, pack=1)
-            gl.store(trace + ((program * S.consumers + which) * S.layers + layer) * EVENTS + 19, sm.to(gl.int64))
         # ---- qkv
-        stamp(trace, which, layer, 0, S)
-        buffer = (phase & 1) * 2
-        qkv0, qkv1 = share(S.qkv_tiles, anew(program), S)
-        c0 = qkv0 // S.qkv_blocks
-        if which < 2:
-            column = c0 + which
-            if (column * S.qkv_blocks < qkv1) & (qkv0 < qkv1):
-                g, x, ss = _residual_slice(residual, norms + layer * S.width, count, column, S)
-                if column * S.qkv_blocks >= qkv0:
-                    per: gl.constexpr = 160 // S.group
-                    publish(squares + column * per + g, ss, tag, g < per)
-                _store_dense(x, xstore, xscale, buffer + which, S)
-        stamp(trace, which, layer, 1, S)
-        _share_slices(ready, phase, S)
-        stamp(trace, which, layer, 2, S)
-        _qkv_tiles(which, qkv0, qkv1, dn, c0, buffer, big, small, xd, xscale, dfull, dempty, qkv, S)
-        dn += qkv1 - qkv0
-        stamp(trace, which, layer, 3, S)
-        phase += 1
+        stamp(trace, layer, 0, S)
+        column, first, last = share(anew(program), S.width_columns, S.qkv_blocks, S)
+        unscale = 1.0
+        if first < last:
+            g, x, ss = _residual_slice(residual, norms + layer * S.width, count, column, S)
+            if first == 0:
+                PER: gl.constexpr = 160 // S.group
+                publish(squares + column * PER + g, ss, tag, g < PER)
+            unscale = _store_dense(x, xstore, 0, S)
+        _slice_stored()
+        stamp(trace, layer, 1, S)
+        dn = _qkv_tiles(first, last, dn, unscale, big, small, xd, 0, dfull, dempty, qkv, S)
+        stamp(trace, layer, 3, S)
         # ---- attention
-        if which == 0:
-            worker = anew(program)
-            split = worker // S.kv_heads
-            kv_head = worker % S.kv_heads
+        worker = anew(program)
+        split = worker // S.kv_heads
+        is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
+        start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
+        used = gl.where(position - start > S.single, S.splits, 1)
+        if split < used:
             k_cache = cache + gl.load(cache_table + layer * 4) * 64
             v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
             slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
-            is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
-            first = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
-            used = gl.where(position - first > S.single, S.splits, 1)
-            if split < used:
-                attend(
-                    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv,
-                    parts, attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots,
-                    trace, S,
-                )  # fmt: skip
-        stamp(trace, which, layer, 6, S)
+            attend(
+                old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start, tag,
+                squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias, sinks, cos,
+                sin, k_cache, v_cache, slots, trace, S,
+            )  # fmt: skip
+        stamp(trace, layer, 6, S)
         # ---- output projection
-        buffer = (phase & 1) * 2
-        out0, out1 = share(S.out_tiles, anew(program), S)
-        c0 = out0 // S.out_blocks
-        if which < 2:
-            column = c0 + which
-            if (column * S.out_blocks < out1) & (out0 < out1):
-                _store_dense(_attention_slice(attention, tag, column, S), xstore, xscale, buffer + which, S)
-        stamp(trace, which, layer, 7, S)
-        _share_slices(ready, phase, S)
-        stamp(trace, which, layer, 8, S)
-        _out_tiles(which, out0, out1, dn, c0, buffer, big, small, xd, xscale, dfull, dempty, out_scale + layer * S.width, out_bias + layer * S.width, residual, S)
-        dn += out1 - out0
-        stamp(trace, which, layer, 9, S)
-        phase += 1
+        column, first, last = share(anew(program), S.out_columns, S.out_blocks, S)
+        unscale = 1.0
+        if first < last:
+            unscale = _store_dense(_attention_slice(attention, tag, column, S), xstore, STORE, S)
+        _slice_stored()
+        stamp(trace, layer, 7, S)
+        dn = _out_tiles(column, first, last, dn, unscale, big, small, xd, 16, dfull, dempty, out_scale + layer * S.width, out_bias + layer * S.width, residual, S)
         count += S.out_columns
+        stamp(trace, layer, 9, S)
         # ---- router
-        if which == 0:
-            if program < S.router_programs:
-                route_part(program, layer, residual, moe_norms + layer * S.width, router, count, tag, router_sums, router_squares, S, E2)
-        stamp(trace, which, layer, 10, S)
+        if program < S.router_programs:
+            route_part(program, layer, residual, moe_norms + layer * S.width, router, count, tag, router_sums, router_squares, S, E2)
+        stamp(trace, layer, 10, S)
         # ---- gate_up
-        buffer = (phase & 1) * 2
-        gu0, gu1 = share(S.top_k * S.gate_up_tiles, anew(program), S)
-        c0 = gu0 // S.gate_up_blocks  # of all experts' columns, one after the other
-        if which < 2:
-            column = c0 + which
-            if (column * S.gate_up_blocks < gu1) & (gu0 < gu1):
-                x = _gate_up_slice(residual, moe_norms + layer * S.width, count, column % S.gate_up_columns, S)
-                _store_expert(x, xe_store, xscale, buffer + which)
-        stamp(trace, which, layer, 11, S)
+        column, first, last = share(anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
+        unscale = 1.0
+        if first < last:
+            x = _gate_up_slice(residual, moe_norms + layer * S.width, count, column % S.gate_up_columns, S)
+            x, unscale = _scaled(x)
+            store_fp8_terms(x, estore.index(0), 16)
+        stamp(trace, layer, 11, S)
         ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, S, E2)
-        stamp(trace, which, layer, 12, S)
-        if which == 0:
-            for j in gl.static_range(4):
-                chosen.index(j).store(gl.zeros([1], gl.int32, layout=SCALAR) + ids[j])
-            mbarrier.arrive(routed.index(0), count=1)
-        if which == 0:
-            worker = anew(program)
-            if worker < S.splits * S.kv_heads:
-                old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
-        stamp(trace, which, layer, 13, S)
-        _share_slices(ready, phase, S)
-        stamp(trace, which, layer, 14, S)
-        _gate_up_tiles(which, gu0, gu1, en, c0, buffer, wbig, wsmall, wscales, xe, xscale, efull, eempty, gate_up, S)
-        en += gu1 - gu0
-        stamp(trace, which, layer, 15, S)
-        phase += 1
+        for j in gl.static_range(4):
+            chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
+        mbarrier.arrive(routed.index(0), count=1)
+        stamp(trace, layer, 12, S)
+        worker = anew(program)
+        if worker < S.splits * S.kv_heads:
+            old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
+        _slice_stored()
+        stamp(trace, layer, 14, S)
+        sums_at = gate_up + column // S.gate_up_columns * (S.gate_up_blocks * 128)
+        en = _gate_up_tiles(first, last, en, unscale, wbig, wsmall, wscales, xe, 0, efull, eempty, sums_at, S)
+        stamp(trace, layer, 15, S)
         # ---- down
-        buffer = (phase & 1) * 2
-        down0, down1 = share(S.top_k * S.down_tiles, anew(program), S)
-        c0 = down0 // S.down_blocks
-        if which < 2:
-            column = c0 + which
-            if (column * S.down_blocks < down1) & (down0 < down1):
-                place = column // S.down_columns
-                bias_at = gate_up_bias + (layer * S.experts + pick(place, ids)).to(gl.int64) * (2 * S.hidden)
-                at = gate_up + place * (S.gate_up_blocks * 64)
-                hidden, old_gate, old_up = _down_slice(at, bias_at, old_gate, old_up, factor, column % S.down_columns, S)
-                _store_expert(hidden, xe_store, xscale, buffer + which)
-        stamp(trace, which, layer, 16, S)
-        _share_slices(ready, phase, S)
-        stamp(trace, which, layer, 17, S)
-        _down_tiles(which, down0, down1, en, c0, buffer, wbig, wsmall, wscales, xe, xscale, efull, eempty, down_bias + layer.to(gl.int64) * (S.experts * S.width), ids, mixing, residual, S)
-        en += down1 - down0
-        stamp(trace, which, layer, 18, S)
-        phase += 1
+        column, first, last = share(anew(program), S.top_k * S.down_columns, S.down_blocks, S)
+        place = gl.minimum(column // S.down_columns, S.top_k - 1)
+        expert = layer.to(gl.int64) * S.experts + pick(place, ids)
+        unscale = 1.0
+        if first < last:
+            sums_at = gate_up + place * (S.gate_up_blocks * 128)
+            hidden, old_gate, old_up = _down_slice(sums_at, gate_up_bias + expert * (2 * S.hidden), old_gate, old_up, factor, column % S.down_columns, S)
+            hidden, unscale = _scaled(hidden)
+            store_fp8_terms(hidden, estore.index(1), 16)
+        _slice_stored()
+        stamp(trace, layer, 16, S)
+        en = _down_tiles(column % S.down_columns, first, last, en, unscale, pick(place, mixing), wbig, wsmall, wscales, xe, 16, efull, eempty, down_bias + expert * S.width, residual, S)
         count += S.top_k * S.down_columns
-    # ---- head
-    norm_factor = _head_slices(which, residual, final_norm, count, phase, hstore, hscale, hsquares, ready, S)
-    _head_tiles(which, dn, norm_factor, big, small, xh, hscale, dfull, dempty, head_scale, logits, S)
-    if which == 0:
-        if program == 0:
-            gl.store(counter, launch + 1)
+        stamp(trace, layer, 18, S)
+    _head(dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale, logits, S)
+    if program == 0:
+        gl.store(counter, launch + 1)
 
 
 # Grid: one program a processor, all resident.
@@ -924,54 +822,46 @@ def consumer(
 def step_kernel(
     token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias, sinks,
     out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin, cache,
-    cache_table, sums, tagged, logits, dense32, dense8, expert32, expert8, expert4,
-    trace, S: gl.constexpr, E2: gl.constexpr,
+    cache_table, sums, tagged, logits, dense64, dense16, expert64, expert16, expert8, trace,
+    S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     UNITS: gl.constexpr = S.dense_slots * (1 if S.fp8 else 2)
-    dbig = gl.allocate_shared_memory(gl.uint8, [UNITS, 32, 256], PLAIN)
-    dsmall = gl.allocate_shared_memory(gl.uint8, [UNITS, 8, 256], PLAIN)
-    ebig = gl.allocate_shared_memory(gl.uint8, [S.expert_slots, 32, 256], PLAIN)
-    esmall = gl.allocate_shared_memory(gl.uint8, [S.expert_slots, 8, 256], PLAIN)
-    escales = gl.allocate_shared_memory(gl.uint8, [S.expert_slots, 4, 256], PLAIN)
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [4, 16, 8, 32], THREE)
-    hs = gl.allocate_shared_memory(gl.float8e4nv, [S.width_columns, 8 if S.fp8 else 16, 8, 32], THREE)
-    xscale = gl.allocate_shared_memory(gl.float32, [4, 1], LINE)
-    hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
-    hsquares = gl.allocate_shared_memory(gl.float32, [S.consumers, 1], LINE)
-    chosen = gl.allocate_shared_memory(gl.int32, [4, 1], LINE)
-    dfull = gl.allocate_shared_memory(gl.int64, [S.dense_slots, 1], mbarrier.MBarrierLayout())
-    dempty = gl.allocate_shared_memory(gl.int64, [S.dense_slots, 1], mbarrier.MBarrierLayout())
-    efull = gl.allocate_shared_memory(gl.int64, [S.expert_slots, 1], mbarrier.MBarrierLayout())
-    eempty = gl.allocate_shared_memory(gl.int64, [S.expert_slots, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    routed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     DENSE: gl.constexpr = S.dense_slots
     EXPERT: gl.constexpr = S.expert_slots
+    dbig = gl.allocate_shared_memory(gl.uint8, [UNITS, 64, 256], PLAIN)
+    dsmall = gl.allocate_shared_memory(gl.uint8, [UNITS, 16, 256], PLAIN)
+    ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, 64, 256], PLAIN)
+    esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, 16, 256], PLAIN)
+    escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, 8, 256], PLAIN)
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [2, 16, 8, 32], THREE)
+    hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
+    chosen = gl.allocate_shared_memory(gl.int32, [4, 1], LINE)
+    dfull = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
+    dempty = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
+    efull = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
+    eempty = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
+    routed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(DENSE):
         mbarrier.init(dfull.index(s), count=1)
         mbarrier.init(dempty.index(s), count=1)
     for s in gl.static_range(EXPERT):
         mbarrier.init(efull.index(s), count=1)
         mbarrier.init(eempty.index(s), count=1)
-    for s in gl.static_range(2):
-        mbarrier.init(ready.index(s), count=S.consumers)
     mbarrier.init(routed.index(0), count=1)
     gl.warp_specialize(
         [
-            (consumer, (0, token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
-        sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos,
-        sin, cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall,
-        escales, efull, eempty, chosen, routed, xs, xscale, ready, hs, hscale, hsquares, trace, S, E2)),
-            (consumer, (1, token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
-        sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos,
-        sin, cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall,
-        escales, efull, eempty, chosen, routed, xs, xscale, ready, hs, hscale, hsquares, trace, S, E2)),
-            (dense_producer, (dense32, dense8, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (expert32, expert8, expert4, ebig, esmall, escales, efull, eempty, chosen, routed, S)),
+            (consumer, (token, position, counter, embedding, norms, moe_norms, final_norm,
+                        qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
+                        gate_up_bias, down_bias, head_scale, cos, sin, cache, cache_table, sums,
+                        tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
+                        eempty, chosen, routed, xs, hscale, trace, S, E2)),
+            (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
+            (expert_producer, (expert64, expert16, expert8, ebig, esmall, escales, efull, eempty,
+                               chosen, routed, S)),
         ],
-        [4, 1, 1],
-        [232, 40, 40],
-    )
+        [1, 1],
+        [40, 40],
+    )  # fmt: skip

@@ -291,7 +291,7 @@ class Emulated:
                      "SwizzledSharedLayout"):  # fmt: skip
             setattr(self, name, Layout)
         self.NVMMASharedLayout = NVMMASharedLayout
-        self.nvidia = self.mbarrier = None
+        self.barrier = lambda: None
 
     # --- language
     @staticmethod

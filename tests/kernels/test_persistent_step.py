@@ -64,8 +64,8 @@ def run(kernel, model, position):
         w, model.buffers, torch.tensor([17], dtype=torch.int32),
         torch.tensor([position], dtype=torch.int32), model.rope, model.cache.clone(), model.table, logits,
     )  # fmt: skip
-    descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (32, 8)]
-    descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (32, 8, 4)]
+    descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (64, 16)]
+    descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
     args = (*(gluon_on_cpu.pointer(t) for t in tensors), *descs, None, s, padded_experts(s))
     gluon_on_cpu.launch(kernel, s.programs, args)
     return logits
