@@ -161,5 +161,13 @@ class StepSizes:
         return self.out_columns + self.top_k * self.down_columns
 
     @property
+    def most_blocks(self) -> int:
+        """Blocks of rows that a program can have in a phase that adds to the residual, rounded up
+        to a power of two."""
+        columns = (self.out_columns, self.top_k * self.down_columns)
+        most = max(cdiv(self.out_blocks, self.programs // n) for n in columns)
+        return 1 << (most - 1).bit_length()
+
+    @property
     def heads_per_kv(self) -> int:
         return self.heads // self.kv_heads

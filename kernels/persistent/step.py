@@ -257,6 +257,16 @@ def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.cons
     return gl.where(inside, hidden, 0.0), gates, ups
 
 
+@gluon.jit
+def _stage_rows(ptr, first, at, rows, S: gl.constexpr):
+    """Numbers of this program's rows, [ROWS, 128], into shared memory before they are needed."""
+    ROWS: gl.constexpr = S.most_blocks
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
+    block = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    row = block[:, None] * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
+    rows.index(at).store(gl.load(ptr + gl.minimum(row, S.width - 1)).to(gl.float32))
+
+
 # ---------------------------------------------------------------------------------- attention
 @gluon.jit
 def _cached(ptr, begin, end, slots, half: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr, C: gl.constexpr):
@@ -268,14 +278,28 @@ def _cached(ptr, begin, end, slots, half: gl.constexpr, WIDTH: gl.constexpr, L: 
 
 
 @gluon.jit
+def _cached_operands(k_ptr, v_ptr, begin, end, slots, C: gl.constexpr):
+    """Keys (in two halves) and values of 128 positions, as the tensor cores take them."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+    KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
+    VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    k_lo = _cached(k_ptr, begin, end, slots, 0, C // 2, KL, C)
+    k_hi = _cached(k_ptr, begin, end, slots, 1, C // 2, KL, C)
+    v = _cached(v_ptr, begin, end, slots, 0, C, VL, C)
+    k_lo = gl.convert_layout(k_lo.permute([1, 0]), B)
+    k_hi = gl.convert_layout(k_hi.permute([1, 0]), B)
+    return k_lo, k_hi, gl.convert_layout(v, B)
+
+
+@gluon.jit
 def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, factor: gl.constexpr):
     """128 cached positions more."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     scores = gl.zeros([16, 128], gl.float32, layout=MMA)
-    scores = mma_v2(q_lo, gl.convert_layout(k_lo.permute([1, 0]), B), scores)
-    scores = mma_v2(q_hi, gl.convert_layout(k_hi.permute([1, 0]), B), scores) * factor
+    scores = mma_v2(q_lo, k_lo, scores)
+    scores = mma_v2(q_hi, k_hi, scores) * factor
     there = (begin + gl.arange(0, 128, layout=gl.SliceLayout(0, MMA)) < end)[None, :]
     scores = gl.where(there, scores, NONE)
     new = gl.maximum(biggest, gl.max(scores, 1))
@@ -283,7 +307,7 @@ def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, fa
     shrink = gl.exp(biggest - new)
     total = total * shrink + gl.sum(p, 1)
     p = gl.convert_layout(p.to(gl.bfloat16), A)
-    acc = mma_v2(p, gl.convert_layout(v, B), acc * shrink[:, None])
+    acc = mma_v2(p, v, acc * shrink[:, None])
     return new, total, acc
 
 
@@ -328,15 +352,9 @@ def wait_for_qkv(sums, kv_head, old_lo, old_hi, layer, S: gl.constexpr):
 
 
 @gluon.jit
-def _row(x, r, which: gl.constexpr):
-    """One row of x [16, n]."""
-    return gl.sum(gl.where((r == which)[:, None], x, 0.0), 0)
-
-
-@gluon.jit
 def attend(
     old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
-    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, trace,
+    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
     """One kv head's share of the cache: rotate, write the new row, attend, publish."""
@@ -345,17 +363,13 @@ def attend(
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
-    KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
-    VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     per = gl.cdiv(position - first, used)
     begin = first + split * per
     end = gl.minimum(begin + per, position)
     k_at = k_cache + kv_head * slots * C
     v_at = v_cache + kv_head * slots * C
     # What earlier tokens left is asked for before this token's is waited for.
-    k_lo = _cached(k_at, begin, end, slots, 0, C // 2, KL, C)
-    k_hi = _cached(k_at, begin, end, slots, 1, C // 2, KL, C)
-    v = _cached(v_at, begin, end, slots, 0, C, VL, C)
+    k_lo, k_hi, v = _cached_operands(k_at, v_at, begin, end, slots, C)
     half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))
     cosine = gl.load(cos + position * (C // 2) + half)[None, :]
     sine = gl.load(sin + position * (C // 2) + half)[None, :]
@@ -382,29 +396,32 @@ def attend(
     turned = (r <= R)[:, None]
     q_lo = gl.where(turned, lo * cosine - hi * sine, lo).to(gl.bfloat16)
     q_hi = gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16)
-    lo = q_lo.to(gl.float32)
-    hi = q_hi.to(gl.float32)
-    new_lo = _row(lo, r, R)
-    new_hi = _row(hi, r, R)
-    value_lo = _row(lo, r, R + 1)
-    value_hi = _row(hi, r, R + 1)
+    # Queries, the new key and the new value change hands through shared memory, once.
+    qs.slice(0, C // 2, dim=1).store(q_lo)
+    qs.slice(C // 2, C // 2, dim=1).store(q_hi)
+    wait_for_warps()
+    rows = qs._reinterpret(gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    whole = qs._reinterpret(gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     scale: gl.constexpr = C**-0.5
     biggest = gl.full([16], NONE, gl.float32, layout=gl.SliceLayout(1, MMA))
     total = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = gl.zeros([16, C], gl.float32, layout=MMA)
+    column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if split == 0:
-        slot = (position % slots) * C
-        gl.store(k_at + slot + half, new_lo.to(gl.bfloat16))
-        gl.store(k_at + slot + C // 2 + half, new_hi.to(gl.bfloat16))
-        gl.store(v_at + slot + half, value_lo.to(gl.bfloat16))
-        gl.store(v_at + slot + C // 2 + half, value_hi.to(gl.bfloat16))
-        own = gl.sum(lo * new_lo[None, :] + hi * new_hi[None, :], 1) * scale
+        new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
+        new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
+        own = q_lo.to(gl.float32) * new_lo.to(gl.float32)[None, :]
+        own = gl.sum(own + q_hi.to(gl.float32) * new_hi.to(gl.float32)[None, :], 1) * scale
         biggest = gl.convert_layout(own, gl.SliceLayout(1, MMA))
         total = total + 1.0
-        value = gl.join(value_lo, value_hi).permute([1, 0]).reshape([C])
-        acc = acc + gl.convert_layout(value, gl.SliceLayout(0, MMA))[None, :]
-    q_lo = gl.convert_layout(q_lo, A)
-    q_hi = gl.convert_layout(q_hi, A)
+        value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
+        acc = acc + value.to(gl.float32)[None, :]
+        slot = (position % slots) * C
+        gl.store(k_at + slot + half, new_lo)
+        gl.store(k_at + slot + C // 2 + half, new_hi)
+        gl.store(v_at + slot + column, value)
+    q_lo = qs.slice(0, C // 2, dim=1).load(A)
+    q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
     s = begin
     more = begin < end
     while more:
@@ -414,11 +431,8 @@ def attend(
         s += 128
         more = s < end
         if more:
-            k_lo = _cached(k_at, s, end, slots, 0, C // 2, KL, C)
-            k_hi = _cached(k_at, s, end, slots, 1, C // 2, KL, C)
-            v = _cached(v_at, s, end, slots, 0, C, VL, C)
+            k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
-    column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     if used == 1:
         sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
         new = gl.maximum(biggest, sink)
@@ -492,9 +506,14 @@ def choose(layer, bias, old, tag, sums, squares, S: gl.constexpr, E2: gl.constex
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
     part = gl.arange(0, 64, layout=Q)
-    found = wait_for_tagged(squares + gl.minimum(part, S.router_programs - 1), tag, 2)
+    there = squares + gl.minimum(part, S.router_programs - 1)
+    words = gl.load(sums + row, volatile=True)
+    found = gl.load(there, volatile=True)
+    while gl.max(((words - old - S.router_programs) & 255).to(gl.int32), 0) + gl.max((found >> 32).to(gl.int32) ^ tag, 0) != 0:
+        words = gl.load(sums + row, volatile=True)
+        found = gl.load(there, volatile=True)
+    found = found.to(gl.int32).to(gl.float32, bitcast=True)
     factor = gl.rsqrt(gl.sum(gl.where(part < S.router_programs, found, 0.0), 0) / S.width + S.eps)
-    words = wait_for_sums(sums + row, old, gl.zeros_like(old) + S.router_programs, E2 // 32)
     logits = sum_of(words, old) * factor + add
     bits = logits.to(gl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
@@ -540,23 +559,20 @@ def _qkv_tiles(first, last, n, unscale, big, small, xs, x, full, empty, sums, S:
 
 
 @gluon.jit
-def _out_tiles(column, first, last, n, unscale, big, small, xs, x, full, empty, scale_ptr, bias_ptr, sums, S: gl.constexpr):
+def _out_tiles(column, first, last, n, unscale, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     for block in range(first, last):
         slot = n % S.dense_slots
-        row = block * 128 + lane
-        safe = gl.minimum(row, S.width - 1)
-        bias = gl.load(bias_ptr + safe).to(gl.float32)
-        if S.fp8:
-            scale = gl.load(scale_ptr + safe)
         mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
         acc = dense_tile(big, small, xs, x, slot, zero, S)
         mbarrier.arrive(empty.index(slot), count=1)
         value = row_sums(acc, MMA, S.fp8)
         if S.fp8:
-            value *= unscale * scale
+            value *= unscale * rows.index(S.most_blocks + block - first).load(gl.SliceLayout(1, MMA))
+        bias = rows.index(block - first).load(gl.SliceLayout(1, MMA))
+        row = block * 128 + lane
         add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1, row < S.width)
         n += 1
     return n
@@ -579,18 +595,18 @@ def _gate_up_tiles(first, last, n, unscale, big, small, scales, xs, x, full, emp
 
 
 @gluon.jit
-def _down_tiles(column, first, last, n, unscale, mixing, big, small, scales, xs, x, full, empty, bias_ptr, sums, S: gl.constexpr):
+def _down_tiles(column, first, last, n, unscale, mixing, big, small, scales, xs, x, full, empty, rows, sums, S: gl.constexpr):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     for block in range(first, last):
         slot = n % S.expert_slots
-        row = block * 128 + lane
-        bias = gl.load(bias_ptr + gl.minimum(row, S.width - 1)).to(gl.float32)
         mbarrier.wait(full.index(slot), (n // S.expert_slots) & 1)
         acc = expert_tile(big, small, scales, xs, x, slot, zero)
         mbarrier.arrive(empty.index(slot), count=1)
+        bias = rows.index(block - first).load(gl.SliceLayout(1, MMA))
         value = row_sums(acc, MMA, True) * (unscale * 64.0) + gl.where(column == 0, bias, 0.0)
+        row = block * 128 + lane
         add_to_sums(sums + row, value * mixing, 1, row < S.width)
         n += 1
     return n
@@ -661,7 +677,7 @@ def consumer(
     token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, xs, hscale, trace, S: gl.constexpr, E2: gl.constexpr,
+    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -696,6 +712,8 @@ def consumer(
     wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
     wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
 
+    ROWS: gl.constexpr = S.most_blocks
+    staged = rows._reinterpret(gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
@@ -759,17 +777,20 @@ def consumer(
             attend(
                 old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start, tag,
                 squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias, sinks, cos,
-                sin, k_cache, v_cache, slots, trace, S,
+                sin, k_cache, v_cache, slots, qs, trace, S,
             )  # fmt: skip
         stamp(trace, layer, 6, S)
         # ---- output projection
         column, first, last = share(anew(program), S.out_columns, S.out_blocks, S)
         unscale = 1.0
         if first < last:
+            _stage_rows(out_bias + layer * S.width, first, 0, staged, S)
+            if S.fp8:
+                _stage_rows(out_scale + layer * S.width, first, 1, staged, S)
             unscale = _store_dense(_attention_slice(attention, tag, column, S), xstore, STORE, S)
         _slice_stored()
         stamp(trace, layer, 7, S)
-        dn = _out_tiles(column, first, last, dn, unscale, big, small, xd, 16, dfull, dempty, out_scale + layer * S.width, out_bias + layer * S.width, residual, S)
+        dn = _out_tiles(column, first, last, dn, unscale, big, small, xd, 16, dfull, dempty, rows, residual, S)
         count += S.out_columns
         stamp(trace, layer, 9, S)
         # ---- router
@@ -803,13 +824,14 @@ def consumer(
         expert = layer.to(gl.int64) * S.experts + pick(place, ids)
         unscale = 1.0
         if first < last:
+            _stage_rows(down_bias + expert * S.width, first, 0, staged, S)
             sums_at = gate_up + place * (S.gate_up_blocks * 128)
             hidden, old_gate, old_up = _down_slice(sums_at, gate_up_bias + expert * (2 * S.hidden), old_gate, old_up, factor, column % S.down_columns, S)
             hidden, unscale = _scaled(hidden)
             store_fp8_terms(hidden, estore.index(1), 16)
         _slice_stored()
         stamp(trace, layer, 16, S)
-        en = _down_tiles(column % S.down_columns, first, last, en, unscale, pick(place, mixing), wbig, wsmall, wscales, xe, 16, efull, eempty, down_bias + expert * S.width, residual, S)
+        en = _down_tiles(column % S.down_columns, first, last, en, unscale, pick(place, mixing), wbig, wsmall, wscales, xe, 16, efull, eempty, rows, residual, S)
         count += S.top_k * S.down_columns
         stamp(trace, layer, 18, S)
     _head(dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale, logits, S)
@@ -839,6 +861,11 @@ def step_kernel(
     xs = gl.allocate_shared_memory(gl.float8e4nv, [2, 16, 8, 32], THREE)
     hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
     chosen = gl.allocate_shared_memory(gl.int32, [4, 1], LINE)
+    ROWS: gl.constexpr = 2 * S.most_blocks
+    WIDE: gl.constexpr = S.head_width
+    FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    rows = gl.allocate_shared_memory(gl.float32, [ROWS, 128], LINE)
+    qs = gl.allocate_shared_memory(gl.bfloat16, [16, WIDE], FLAT2)
     dfull = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
     dempty = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
     efull = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
@@ -857,7 +884,7 @@ def step_kernel(
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         gate_up_bias, down_bias, head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, trace, S, E2)),
+                        eempty, chosen, routed, xs, hscale, rows, qs, trace, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (expert64, expert16, expert8, ebig, esmall, escales, efull, eempty,
                                chosen, routed, S)),

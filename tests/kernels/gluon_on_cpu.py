@@ -153,6 +153,15 @@ class Shared:
         self.data, self.dtype = data, np.dtype(dtype)
         self.shape, self.layout = tuple(int(raw(n)) for n in shape), layout
         self.transposed = False
+        self.places: np.ndarray | None = None  # of a part that is not in one piece
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        part = [builtins.slice(None)] * len(self.shape)
+        part[dim] = builtins.slice(start, start + length)
+        places = self._places()[tuple(part)]
+        seen = Shared(self.data, self.dtype, list(places.shape), self.layout)
+        seen.places = places
+        return seen
 
     def index(self, i: Any) -> Shared:
         i = int(raw(i))
@@ -173,6 +182,8 @@ class Shared:
 
     def _places(self) -> np.ndarray:
         """Byte offsets of the elements."""
+        if self.places is not None:
+            return self.places
         flat = np.arange(int(np.prod(self.shape))).reshape(self.shape) * self.dtype.itemsize
         if getattr(self.layout, "swizzle", 0) == 32:
             assert self.shape[-1] * self.dtype.itemsize == 32
