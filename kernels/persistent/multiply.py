@@ -91,7 +91,7 @@ def expert_tile(big, small, scales, xs, x, slot, zero):
 
 @gluon.jit
 def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
-    """Sums [128, 8] of one dense tile: 160 columns in FP8 (5 chunks) or bf16 (10).
+    """Start the sums [128, 8] of one dense tile: 160 columns in FP8 (5 chunks) or bf16 (10).
 
     big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 3 (and 4 to 7) stand in big
     xs: [.., 8, 32 bytes] terms, x: the first group of the slice
@@ -108,7 +108,7 @@ def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
             p = warpgroup_mma(big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p, is_async=True)
         p = warpgroup_mma(small.index(slot * 2), xs.index(x + 8).permute([1, 0]), p, is_async=True)
         p = warpgroup_mma(small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True)
-    return warpgroup_mma_wait(0, deps=[p])
+    return p
 
 
 @gluon.jit

@@ -20,7 +20,12 @@ The norm's factor is one number for all rows: it multiplies what was summed, whe
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma_wait,
+)
 
 from kernels.persistent.exchange import (
     add_to_sums,
@@ -58,6 +63,12 @@ def stamp(trace, layer, event: gl.constexpr, S: gl.constexpr):
 def anew(x):
     """x, in a way that keeps what is made of it inside a loop: registers are scarcer than time."""
     return gl.inline_asm_elementwise(SAME, "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def my_place(S: gl.constexpr):
+    """This program's number among all, see StepSizes.stride."""
+    return gl.program_id(0) * S.stride % S.programs
 
 
 @gluon.jit
@@ -101,7 +112,7 @@ def _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S
 @gluon.jit
 def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
     """One warp: every dense tile of this program, in the order in which they are multiplied."""
-    program = gl.program_id(0)
+    program = my_place(S)
     qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
     out_column, out0, out1 = share(program, S.out_columns, S.out_blocks, S)
     n = 0
@@ -134,7 +145,7 @@ def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales
 def expert_producer(desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    program = gl.program_id(0)
+    program = my_place(S)
     up_column, up0, up1 = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
     down_column, down0, down1 = share(program, S.top_k * S.down_columns, S.down_blocks, S)
     n = 0
@@ -544,36 +555,65 @@ def pick(place, four):
 
 # ------------------------------------------------------------------------------- tiles of phases
 @gluon.jit
+def _start_dense(n, big, small, xs, x, full, zero, S: gl.constexpr):
+    """Wait for the ring's tile n and start its multiplication."""
+    slot = n % S.dense_slots
+    mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
+    return dense_tile(big, small, xs, x, slot, zero, S)
+
+
+@gluon.jit
 def _qkv_tiles(first, last, n, unscale, big, small, xs, x, full, empty, sums, S: gl.constexpr):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
-    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    for block in range(first, last):
-        slot = n % S.dense_slots
-        mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-        acc = dense_tile(big, small, xs, x, slot, zero, S)
-        mbarrier.arrive(empty.index(slot), count=1)
-        add_to_sums(sums + block * 128 + lane, row_sums(acc, MMA, S.fp8) * unscale, 1, lane >= 0)
+    if first < last:
+        row = first * 128 + gl.arange(0, 128, layout=ROW)
+        acc = _start_dense(n, big, small, xs, x, full, zero, S)
+        for _ in range(first, last - 1):
+            # The next tile is multiplied while this one's sums go to memory.
+            following = _start_dense(n + 1, big, small, xs, x, full, zero, S)
+            done = warpgroup_mma_wait(S.dense_chunks, deps=[acc])
+            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+            add_to_sums(sums + row, row_sums(done, MMA, S.fp8) * unscale, 1, row >= 0)
+            acc = following
+            row += 128
+            n += 1
+        done = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+        add_to_sums(sums + row, row_sums(done, MMA, S.fp8) * unscale, 1, row >= 0)
         n += 1
     return n
 
 
 @gluon.jit
+def _add_out(acc, column, block, first, unscale, rows, sums, S: gl.constexpr):
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    value = row_sums(acc, MMA, S.fp8)
+    if S.fp8:
+        value *= unscale * rows.index(S.most_blocks + block - first).load(ROW)
+    bias = rows.index(block - first).load(ROW)
+    row = block * 128 + gl.arange(0, 128, layout=ROW)
+    add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1, row < S.width)
+
+
+@gluon.jit
 def _out_tiles(column, first, last, n, unscale, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr):
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
-    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    for block in range(first, last):
-        slot = n % S.dense_slots
-        mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-        acc = dense_tile(big, small, xs, x, slot, zero, S)
-        mbarrier.arrive(empty.index(slot), count=1)
-        value = row_sums(acc, MMA, S.fp8)
-        if S.fp8:
-            value *= unscale * rows.index(S.most_blocks + block - first).load(gl.SliceLayout(1, MMA))
-        bias = rows.index(block - first).load(gl.SliceLayout(1, MMA))
-        row = block * 128 + lane
-        add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1, row < S.width)
+    if first < last:
+        acc = _start_dense(n, big, small, xs, x, full, zero, S)
+        for block in range(first, last - 1):
+            following = _start_dense(n + 1, big, small, xs, x, full, zero, S)
+            done = warpgroup_mma_wait(S.dense_chunks, deps=[acc])
+            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+            _add_out(done, column, block, first, unscale, rows, sums, S)
+            acc = following
+            n += 1
+        done = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+        _add_out(done, column, last - 1, first, unscale, rows, sums, S)
         n += 1
     return n
 
@@ -628,23 +668,31 @@ def _head(n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty,
     _slice_stored()
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    program = gl.program_id(0)
+    program = my_place(S)
     for block in range(S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs):
         row = block * 128 + lane
         safe = gl.minimum(row, S.vocabulary - 1)
         if S.fp8:
             scale = gl.load(scale_ptr + safe)
         acc = zero
-        for column in range(S.width_columns):
-            slot = n % S.dense_slots
-            mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-            part = dense_tile(big, small, xs, column * GROUPS, slot, zero, S)
-            mbarrier.arrive(empty.index(slot), count=1)
+        part = _start_dense(n, big, small, xs, 0, full, zero, S)
+        for column in range(1, S.width_columns):
+            following = _start_dense(n + 1, big, small, xs, column * GROUPS, full, zero, S)
+            done = warpgroup_mma_wait(S.dense_chunks, deps=[part])
+            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
             if S.fp8:
-                acc += part * gl.sum(hscale.index(column).load(ONE), 0)
+                acc += done * gl.sum(hscale.index(column - 1).load(ONE), 0)
             else:
-                acc += part
+                acc += done
+            part = following
             n += 1
+        done = warpgroup_mma_wait(0, deps=[part])
+        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+        if S.fp8:
+            acc += done * gl.sum(hscale.index(S.width_columns - 1).load(ONE), 0)
+        else:
+            acc += done
+        n += 1
         value = row_sums(acc, MMA, S.fp8) * factor
         if S.fp8:
             value *= scale
@@ -714,7 +762,7 @@ def consumer(
 
     ROWS: gl.constexpr = S.most_blocks
     staged = rows._reinterpret(gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
-    program = gl.program_id(0)
+    program = my_place(S)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
     # Sums: two sets, of which this launch uses one and clears the other.
