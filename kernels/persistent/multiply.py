@@ -64,8 +64,8 @@ def _scale(words, BYTE: gl.constexpr):
 
 
 @gluon.jit
-def expert_tile(big, small, scales, xs, x, slot, zero):
-    """Sums [128, 8] of one tile of MXFP4: 320 columns, ten groups, whose scales meet the sums.
+def start_expert(big, small, scales, xs, x, slot, zero):
+    """Start the products of one tile of MXFP4: 320 columns, ten groups; and read its scales.
 
     big, small, scales: the ring's slots as words
     xs: [.., 8, 32] E4M3 terms, x: the first group of the slice
@@ -81,16 +81,29 @@ def expert_tile(big, small, scales, xs, x, slot, zero):
     p4, p5 = _chunk(big.index(slot * 4 + 2).load(WORDS), xs, x + 4, zero)
     p6, p7 = _chunk(big.index(slot * 4 + 3).load(WORDS), xs, x + 6, zero)
     p8, p9 = _chunk(small.index(slot).load(WORDS), xs, x + 8, zero)
-    p0, p1, p2, p3, p4, p5, p6, p7, p8, p9 = warpgroup_mma_wait(
-        0, deps=[p0, p1, p2, p3, p4, p5, p6, p7, p8, p9]
-    )
-    acc = p0 * _scale(s0, 0) + p1 * _scale(s0, 1) + p2 * _scale(s0, 2) + p3 * _scale(s0, 3)
-    acc += p4 * _scale(s1, 0) + p5 * _scale(s1, 1) + p6 * _scale(s1, 2) + p7 * _scale(s1, 3)
-    return acc + p8 * _scale(s2, 0) + p9 * _scale(s2, 1)
+    return (p0, p1, p2, p3, p4, p5, p6, p7, p8, p9), (s0, s1, s2)
 
 
 @gluon.jit
-def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
+def finish_expert(p, s):
+    """Sums [128, 8] of ten groups, each with its scale."""
+    acc = p[0] * _scale(s[0], 0) + p[1] * _scale(s[0], 1)
+    acc += p[2] * _scale(s[0], 2) + p[3] * _scale(s[0], 3)
+    acc += p[4] * _scale(s[1], 0) + p[5] * _scale(s[1], 1)
+    acc += p[6] * _scale(s[1], 2) + p[7] * _scale(s[1], 3)
+    return acc + p[8] * _scale(s[2], 0) + p[9] * _scale(s[2], 1)
+
+
+@gluon.jit
+def expert_tile(big, small, scales, xs, x, slot, zero):
+    """Sums [128, 8] of one tile of MXFP4."""
+    p, s = start_expert(big, small, scales, xs, x, slot, zero)
+    p = warpgroup_mma_wait(0, deps=[p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]])
+    return finish_expert(p, s)
+
+
+@gluon.jit
+def start_dense(big, small, xs, x, slot, zero, S: gl.constexpr):
     """Start the sums [128, 8] of one dense tile: 160 columns in FP8 (5 chunks) or bf16 (10).
 
     big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 3 (and 4 to 7) stand in big
@@ -109,6 +122,12 @@ def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
         p = warpgroup_mma(small.index(slot * 2), xs.index(x + 8).permute([1, 0]), p, is_async=True)
         p = warpgroup_mma(small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True)
     return p
+
+
+@gluon.jit
+def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
+    """Sums [128, 8] of one dense tile."""
+    return warpgroup_mma_wait(0, deps=[start_dense(big, small, xs, x, slot, zero, S)])
 
 
 @gluon.jit

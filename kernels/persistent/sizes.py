@@ -8,7 +8,6 @@ the grid has for each column divide the column's tiles among them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import gcd
 
 TILE_ROWS = 128
 CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
@@ -54,16 +53,6 @@ class StepSizes:
         assert max(*columns, self.top_k * self.down_columns, self.router_programs) <= self.programs
         assert self.splits * self.kv_heads <= self.programs
         assert self.norm_groups <= 256 and self.router_programs <= 64
-
-    @property
-    def stride(self) -> int:
-        """Distance between programs whose shares stand side by side, without a common divisor.
-
-        The programs of a group of processors have neighbouring numbers, and a group has its own
-        way to memory: phases with fewer shares than programs leave some idle in every group.
-        """
-        near = range(max(1, self.programs * 7 // 25), 2 * self.programs)
-        return next(n for n in near if gcd(n, self.programs) == 1)
 
     # --- dense tiles
     @property

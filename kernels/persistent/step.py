@@ -20,12 +20,7 @@ The norm's factor is one number for all rows: it multiplies what was summed, whe
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma_wait,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from kernels.persistent.exchange import (
     add_to_sums,
@@ -66,20 +61,20 @@ def anew(x):
 
 
 @gluon.jit
-def my_place(S: gl.constexpr):
-    """This program's number among all, see StepSizes.stride."""
-    return gl.program_id(0) * S.stride % S.programs
-
-
-@gluon.jit
 def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr):
-    """A program's column of tiles, and its first and last + 1 block of rows in it."""
+    """A program's column of tiles, and its first and last + 1 block of rows in it.
+
+    Programs that work on a column are neighbours; those without work stand evenly among the rest,
+    because each group of processors has its own way to memory.
+    """
     EACH: gl.constexpr = S.programs // COLUMNS
-    column = program // EACH
-    part = program - column * EACH
+    ACTIVE: gl.constexpr = EACH * COLUMNS
+    place = program * ACTIVE // S.programs
+    column = place // EACH
+    part = place - column * EACH
     first = BLOCKS * part // EACH
-    last = gl.where(column < COLUMNS, BLOCKS * (part + 1) // EACH, first)
-    return column, first, last
+    works = (program + 1) * ACTIVE // S.programs > place
+    return column, first, gl.where(works, BLOCKS * (part + 1) // EACH, first)
 
 
 # ------------------------------------------------------------------------------------ producers
@@ -112,7 +107,7 @@ def _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S
 @gluon.jit
 def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
     """One warp: every dense tile of this program, in the order in which they are multiplied."""
-    program = my_place(S)
+    program = gl.program_id(0)
     qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
     out_column, out0, out1 = share(program, S.out_columns, S.out_blocks, S)
     n = 0
@@ -145,7 +140,7 @@ def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales
 def expert_producer(desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    program = my_place(S)
+    program = gl.program_id(0)
     up_column, up0, up1 = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
     down_column, down0, down1 = share(program, S.top_k * S.down_columns, S.down_blocks, S)
     n = 0
@@ -269,13 +264,14 @@ def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.cons
 
 
 @gluon.jit
-def _stage_rows(ptr, first, at, rows, S: gl.constexpr):
+def _stage_rows(ptr, factor, first, at, rows, S: gl.constexpr):
     """Numbers of this program's rows, [ROWS, 128], into shared memory before they are needed."""
     ROWS: gl.constexpr = S.most_blocks
     L: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
     block = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     row = block[:, None] * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
-    rows.index(at).store(gl.load(ptr + gl.minimum(row, S.width - 1)).to(gl.float32))
+    value = gl.load(ptr + gl.minimum(row, S.width - 1)).to(gl.float32)
+    rows.index(at).store(value * factor)
 
 
 # ---------------------------------------------------------------------------------- attention
@@ -363,24 +359,10 @@ def wait_for_qkv(sums, kv_head, old_lo, old_hi, layer, S: gl.constexpr):
 
 
 @gluon.jit
-def attend(
-    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
-    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
-    S: gl.constexpr,
-):  # fmt: skip
-    """One kv head's share of the cache: rotate, write the new row, attend, publish."""
+def _turn(old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs, trace, S: gl.constexpr):
+    """Wait for a kv head's queries, key and value; finish and rotate them; rows of qs, in bf16."""
     C: gl.constexpr = S.head_width
-    R: gl.constexpr = S.heads_per_kv
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
-    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
-    per = gl.cdiv(position - first, used)
-    begin = first + split * per
-    end = gl.minimum(begin + per, position)
-    k_at = k_cache + kv_head * slots * C
-    v_at = v_cache + kv_head * slots * C
-    # What earlier tokens left is asked for before this token's is waited for.
-    k_lo, k_hi, v = _cached_operands(k_at, v_at, begin, end, slots, C)
     half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))
     cosine = gl.load(cos + position * (C // 2) + half)[None, :]
     sine = gl.load(sin + position * (C // 2) + half)[None, :]
@@ -404,45 +386,66 @@ def attend(
     else:
         lo = lo * factor + bias_lo
         hi = hi * factor + bias_hi
-    turned = (r <= R)[:, None]
-    q_lo = gl.where(turned, lo * cosine - hi * sine, lo).to(gl.bfloat16)
-    q_hi = gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16)
-    # Queries, the new key and the new value change hands through shared memory, once.
-    qs.slice(0, C // 2, dim=1).store(q_lo)
-    qs.slice(C // 2, C // 2, dim=1).store(q_hi)
+    turned = (r <= S.heads_per_kv)[:, None]
+    qs.slice(0, C // 2, dim=1).store(gl.where(turned, lo * cosine - hi * sine, lo).to(gl.bfloat16))
+    qs.slice(C // 2, C // 2, dim=1).store(gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16))
     wait_for_warps()
-    rows = qs._reinterpret(gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-    whole = qs._reinterpret(gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+
+
+@gluon.jit
+def attend(
+    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
+    S: gl.constexpr,
+):  # fmt: skip
+    """One kv head's share of the cache: rotate, write the new row, attend, publish."""
+    C: gl.constexpr = S.head_width
+    R: gl.constexpr = S.heads_per_kv
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
+    A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
+    per = gl.cdiv(position - first, used)
+    begin = first + split * per
+    end = gl.minimum(begin + per, position)
+    k_at = k_cache + kv_head * slots * C
+    v_at = v_cache + kv_head * slots * C
+    half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))
+    column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     scale: gl.constexpr = C**-0.5
+    q_lo = gl.zeros([16, C // 2], gl.bfloat16, layout=A)
+    q_hi = gl.zeros([16, C // 2], gl.bfloat16, layout=A)
     biggest = gl.full([16], NONE, gl.float32, layout=gl.SliceLayout(1, MMA))
     total = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = gl.zeros([16, C], gl.float32, layout=MMA)
-    column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
-    if split == 0:
-        new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
-        new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
-        own = q_lo.to(gl.float32) * new_lo.to(gl.float32)[None, :]
-        own = gl.sum(own + q_hi.to(gl.float32) * new_hi.to(gl.float32)[None, :], 1) * scale
-        biggest = gl.convert_layout(own, gl.SliceLayout(1, MMA))
-        total = total + 1.0
-        value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
-        acc = acc + value.to(gl.float32)[None, :]
-        slot = (position % slots) * C
-        gl.store(k_at + slot + half, new_lo)
-        gl.store(k_at + slot + C // 2 + half, new_hi)
-        gl.store(v_at + slot + column, value)
-    q_lo = qs.slice(0, C // 2, dim=1).load(A)
-    q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
     s = begin
-    more = begin < end
+    more = True
     while more:
+        # In the first turn, what earlier tokens left is asked for before this token's is waited for.
+        k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
+        if s == begin:
+            _turn(old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs, trace, S)
+            rows = qs._reinterpret(gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+            whole = qs._reinterpret(gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+            q_lo = qs.slice(0, C // 2, dim=1).load(A)
+            q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
+            if split == 0:
+                new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
+                new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
+                own = qs.slice(0, C // 2, dim=1).load(L).to(gl.float32) * new_lo.to(gl.float32)[None, :]
+                own += qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32) * new_hi.to(gl.float32)[None, :]
+                biggest = gl.convert_layout(gl.sum(own, 1) * scale, gl.SliceLayout(1, MMA))
+                total = total + 1.0
+                value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
+                acc = acc + value.to(gl.float32)[None, :]
+                slot = (position % slots) * C
+                gl.store(k_at + slot + half, new_lo)
+                gl.store(k_at + slot + C // 2 + half, new_hi)
+                gl.store(v_at + slot + column, value)
         biggest, total, acc = _attend_block(
             q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
         s += 128
         more = s < end
-        if more:
-            k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     if used == 1:
         sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
@@ -555,99 +558,48 @@ def pick(place, four):
 
 # ------------------------------------------------------------------------------- tiles of phases
 @gluon.jit
-def _start_dense(n, big, small, xs, x, full, zero, S: gl.constexpr):
-    """Wait for the ring's tile n and start its multiplication."""
-    slot = n % S.dense_slots
-    mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-    return dense_tile(big, small, xs, x, slot, zero, S)
+def _wait_full(full, n, slots: gl.constexpr):
+    """Until the ring's tile n is there; its slot."""
+    mbarrier.wait(full.index(n % slots), (n // slots) & 1)
+    return n % slots
 
 
 @gluon.jit
-def _qkv_tiles(first, last, n, unscale, big, small, xs, x, full, empty, sums, S: gl.constexpr):
+def _dense_tiles(first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr):
+    """Add tiles of one column to sums; rows' scales and biases as staged, or neither if plain."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    if first < last:
-        row = first * 128 + gl.arange(0, 128, layout=ROW)
-        acc = _start_dense(n, big, small, xs, x, full, zero, S)
-        for _ in range(first, last - 1):
-            # The next tile is multiplied while this one's sums go to memory.
-            following = _start_dense(n + 1, big, small, xs, x, full, zero, S)
-            done = warpgroup_mma_wait(S.dense_chunks, deps=[acc])
-            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
-            add_to_sums(sums + row, row_sums(done, MMA, S.fp8) * unscale, 1, row >= 0)
-            acc = following
-            row += 128
-            n += 1
-        done = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
-        add_to_sums(sums + row, row_sums(done, MMA, S.fp8) * unscale, 1, row >= 0)
+    limit = gl.where(plain, S.qkv_blocks * 128, S.width)
+    for block in range(first, last):
+        slot = _wait_full(full, n, S.dense_slots)
+        acc = dense_tile(big, small, xs, x, slot, zero, S)
+        mbarrier.arrive(empty.index(slot), count=1)
+        value = row_sums(acc, MMA, S.fp8) * unscale
+        if S.fp8:
+            value *= gl.where(plain, 1.0, rows.index(S.most_blocks + block - first).load(ROW))
+        value += gl.where(plain, 0.0, rows.index(block - first).load(ROW))
+        row = block * 128 + gl.arange(0, 128, layout=ROW)
+        add_to_sums(sums + row, value, 1, row < limit)
         n += 1
     return n
 
 
 @gluon.jit
-def _add_out(acc, column, block, first, unscale, rows, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+def _expert_tiles(first, last, n, unscale, mixing, plain, big, small, scales, xs, x, full, empty, rows, sums, S: gl.constexpr):
+    """Add tiles of one column to sums, times the expert's weight; biases as staged unless plain."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
-    value = row_sums(acc, MMA, S.fp8)
-    if S.fp8:
-        value *= unscale * rows.index(S.most_blocks + block - first).load(ROW)
-    bias = rows.index(block - first).load(ROW)
-    row = block * 128 + gl.arange(0, 128, layout=ROW)
-    add_to_sums(sums + row, value + gl.where(column == 0, bias, 0.0), 1, row < S.width)
-
-
-@gluon.jit
-def _out_tiles(column, first, last, n, unscale, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    if first < last:
-        acc = _start_dense(n, big, small, xs, x, full, zero, S)
-        for block in range(first, last - 1):
-            following = _start_dense(n + 1, big, small, xs, x, full, zero, S)
-            done = warpgroup_mma_wait(S.dense_chunks, deps=[acc])
-            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
-            _add_out(done, column, block, first, unscale, rows, sums, S)
-            acc = following
-            n += 1
-        done = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
-        _add_out(done, column, last - 1, first, unscale, rows, sums, S)
-        n += 1
-    return n
-
-
-@gluon.jit
-def _gate_up_tiles(first, last, n, unscale, big, small, scales, xs, x, full, empty, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
-    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    limit = gl.where(plain, S.gate_up_blocks * 128, S.width)
     for block in range(first, last):
-        slot = n % S.expert_slots
-        mbarrier.wait(full.index(slot), (n // S.expert_slots) & 1)
+        slot = _wait_full(full, n, S.expert_slots)
         acc = expert_tile(big, small, scales, xs, x, slot, zero)
         mbarrier.arrive(empty.index(slot), count=1)
-        value = row_sums(acc, MMA, True) * (unscale * 64.0)
-        add_to_sums(sums + block * 128 + lane, value, 1, lane >= 0)
-        n += 1
-    return n
-
-
-@gluon.jit
-def _down_tiles(column, first, last, n, unscale, mixing, big, small, scales, xs, x, full, empty, rows, sums, S: gl.constexpr):
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
-    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
-    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    for block in range(first, last):
-        slot = n % S.expert_slots
-        mbarrier.wait(full.index(slot), (n // S.expert_slots) & 1)
-        acc = expert_tile(big, small, scales, xs, x, slot, zero)
-        mbarrier.arrive(empty.index(slot), count=1)
-        bias = rows.index(block - first).load(gl.SliceLayout(1, MMA))
-        value = row_sums(acc, MMA, True) * (unscale * 64.0) + gl.where(column == 0, bias, 0.0)
-        row = block * 128 + lane
-        add_to_sums(sums + row, value * mixing, 1, row < S.width)
+        bias = gl.where(plain, 0.0, rows.index((block - first) % S.most_blocks).load(ROW))
+        value = (row_sums(acc, MMA, True) * unscale + bias) * mixing
+        row = block * 128 + gl.arange(0, 128, layout=ROW)
+        add_to_sums(sums + row, value, 1, row < limit)
         n += 1
     return n
 
@@ -668,31 +620,23 @@ def _head(n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty,
     _slice_stored()
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    program = my_place(S)
+    program = gl.program_id(0)
     for block in range(S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs):
         row = block * 128 + lane
         safe = gl.minimum(row, S.vocabulary - 1)
         if S.fp8:
             scale = gl.load(scale_ptr + safe)
         acc = zero
-        part = _start_dense(n, big, small, xs, 0, full, zero, S)
-        for column in range(1, S.width_columns):
-            following = _start_dense(n + 1, big, small, xs, column * GROUPS, full, zero, S)
-            done = warpgroup_mma_wait(S.dense_chunks, deps=[part])
-            mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
+        for column in range(S.width_columns):
+            slot = n % S.dense_slots
+            mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
+            part = dense_tile(big, small, xs, column * GROUPS, slot, zero, S)
+            mbarrier.arrive(empty.index(slot), count=1)
             if S.fp8:
-                acc += done * gl.sum(hscale.index(column - 1).load(ONE), 0)
+                acc += part * gl.sum(hscale.index(column).load(ONE), 0)
             else:
-                acc += done
-            part = following
+                acc += part
             n += 1
-        done = warpgroup_mma_wait(0, deps=[part])
-        mbarrier.arrive(empty.index(n % S.dense_slots), count=1)
-        if S.fp8:
-            acc += done * gl.sum(hscale.index(S.width_columns - 1).load(ONE), 0)
-        else:
-            acc += done
-        n += 1
         value = row_sums(acc, MMA, S.fp8) * factor
         if S.fp8:
             value *= scale
@@ -762,7 +706,7 @@ def consumer(
 
     ROWS: gl.constexpr = S.most_blocks
     staged = rows._reinterpret(gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
-    program = my_place(S)
+    program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
     # Sums: two sets, of which this launch uses one and clears the other.
@@ -793,95 +737,111 @@ def consumer(
     XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
     old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
     old_up = gl.zeros([16, 32], gl.int64, layout=XL)
+    ids = (0, 0, 0, 0)  # of the chosen experts, their weights, the factor of the norm in front
+    mixing = (0.0, 0.0, 0.0, 0.0)
+    factor = 0.0
     dn = 0  # tiles of the rings so far
     en = 0
     count = 1  # contributions to a row of the residual so far
     for layer in range(S.layers):
         tag = launch * S.layers + layer + 1
-        # ---- qkv
         stamp(trace, layer, 0, S)
-        column, first, last = share(anew(program), S.width_columns, S.qkv_blocks, S)
-        unscale = 1.0
-        if first < last:
-            g, x, ss = _residual_slice(residual, norms + layer * S.width, count, column, S)
-            if first == 0:
-                PER: gl.constexpr = 160 // S.group
-                publish(squares + column * PER + g, ss, tag, g < PER)
-            unscale = _store_dense(x, xstore, 0, S)
-        _slice_stored()
-        stamp(trace, layer, 1, S)
-        dn = _qkv_tiles(first, last, dn, unscale, big, small, xd, 0, dfull, dempty, qkv, S)
-        stamp(trace, layer, 3, S)
-        # ---- attention
-        worker = anew(program)
-        split = worker // S.kv_heads
-        is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
-        start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
-        used = gl.where(position - start > S.single, S.splits, 1)
-        if split < used:
-            k_cache = cache + gl.load(cache_table + layer * 4) * 64
-            v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
-            slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
-            attend(
-                old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start, tag,
-                squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias, sinks, cos,
-                sin, k_cache, v_cache, slots, qs, trace, S,
-            )  # fmt: skip
-        stamp(trace, layer, 6, S)
-        # ---- output projection
-        column, first, last = share(anew(program), S.out_columns, S.out_blocks, S)
-        unscale = 1.0
-        if first < last:
-            _stage_rows(out_bias + layer * S.width, first, 0, staged, S)
-            if S.fp8:
-                _stage_rows(out_scale + layer * S.width, first, 1, staged, S)
-            unscale = _store_dense(_attention_slice(attention, tag, column, S), xstore, STORE, S)
-        _slice_stored()
-        stamp(trace, layer, 7, S)
-        dn = _out_tiles(column, first, last, dn, unscale, big, small, xd, 16, dfull, dempty, rows, residual, S)
+        # ---- qkv, then attention and output projection: one copy of the code for both
+        for half in range(2):
+            if half == 1:
+                worker = anew(program)
+                split = worker // S.kv_heads
+                is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
+                start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
+                used = gl.where(position - start > S.single, S.splits, 1)
+                if split < used:
+                    k_cache = cache + gl.load(cache_table + layer * 4) * 64
+                    v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
+                    slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
+                    attend(
+                        old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start,
+                        tag, squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias,
+                        sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+                    )  # fmt: skip
+                stamp(trace, layer, 6, S)
+            qkv_column, qkv0, qkv1 = share(anew(program), S.width_columns, S.qkv_blocks, S)
+            out_column, out0, out1 = share(anew(program), S.out_columns, S.out_blocks, S)
+            first = gl.where(half == 0, qkv0, out0)
+            last = gl.where(half == 0, qkv1, out1)
+            unscale = 1.0
+            if first < last:
+                if half == 0:
+                    g, x, ss = _residual_slice(residual, norms + layer * S.width, count, qkv_column, S)
+                    if first == 0:
+                        PER: gl.constexpr = 160 // S.group
+                        publish(squares + qkv_column * PER + g, ss, tag, g < PER)
+                else:
+                    once = gl.where(out_column == 0, 1.0, 0.0)
+                    _stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
+                    if S.fp8:
+                        _stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
+                    x = _attention_slice(attention, tag, out_column, S)
+                unscale = _store_dense(x, xstore, half * STORE, S)
+            _slice_stored()
+            if half == 0:
+                stamp(trace, layer, 1, S)
+            else:
+                stamp(trace, layer, 7, S)
+            sums_at = residual + gl.where(half == 0, QKV, 0)
+            dn = _dense_tiles(first, last, dn, unscale, half == 0, big, small, xd, half * 16, dfull, dempty, rows, sums_at, S)
+            if half == 0:
+                stamp(trace, layer, 3, S)
+            else:
+                stamp(trace, layer, 9, S)
         count += S.out_columns
-        stamp(trace, layer, 9, S)
         # ---- router
         if program < S.router_programs:
             route_part(program, layer, residual, moe_norms + layer * S.width, router, count, tag, router_sums, router_squares, S, E2)
         stamp(trace, layer, 10, S)
-        # ---- gate_up
-        column, first, last = share(anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
-        unscale = 1.0
-        if first < last:
-            x = _gate_up_slice(residual, moe_norms + layer * S.width, count, column % S.gate_up_columns, S)
-            x, unscale = _scaled(x)
-            store_fp8_terms(x, estore.index(0), 16)
-        stamp(trace, layer, 11, S)
-        ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, S, E2)
-        for j in gl.static_range(4):
-            chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
-        mbarrier.arrive(routed.index(0), count=1)
-        stamp(trace, layer, 12, S)
-        worker = anew(program)
-        if worker < S.splits * S.kv_heads:
-            old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
-        _slice_stored()
-        stamp(trace, layer, 14, S)
-        sums_at = gate_up + column // S.gate_up_columns * (S.gate_up_blocks * 128)
-        en = _gate_up_tiles(first, last, en, unscale, wbig, wsmall, wscales, xe, 0, efull, eempty, sums_at, S)
-        stamp(trace, layer, 15, S)
-        # ---- down
-        column, first, last = share(anew(program), S.top_k * S.down_columns, S.down_blocks, S)
-        place = gl.minimum(column // S.down_columns, S.top_k - 1)
-        expert = layer.to(gl.int64) * S.experts + pick(place, ids)
-        unscale = 1.0
-        if first < last:
-            _stage_rows(down_bias + expert * S.width, first, 0, staged, S)
-            sums_at = gate_up + place * (S.gate_up_blocks * 128)
-            hidden, old_gate, old_up = _down_slice(sums_at, gate_up_bias + expert * (2 * S.hidden), old_gate, old_up, factor, column % S.down_columns, S)
-            hidden, unscale = _scaled(hidden)
-            store_fp8_terms(hidden, estore.index(1), 16)
-        _slice_stored()
-        stamp(trace, layer, 16, S)
-        en = _down_tiles(column % S.down_columns, first, last, en, unscale, pick(place, mixing), wbig, wsmall, wscales, xe, 16, efull, eempty, rows, residual, S)
+        # ---- gate_up, then down
+        for half in range(2):
+            up_column, up0, up1 = share(anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
+            down_column, down0, down1 = share(anew(program), S.top_k * S.down_columns, S.down_blocks, S)
+            first = gl.where(half == 0, up0, down0)
+            last = gl.where(half == 0, up1, down1)
+            place = gl.where(half == 0, up_column // S.gate_up_columns, down_column // S.down_columns)
+            place = gl.minimum(place, S.top_k - 1)
+            unscale = 1.0
+            if first < last:
+                if half == 0:
+                    x = _gate_up_slice(residual, moe_norms + layer * S.width, count, up_column % S.gate_up_columns, S)
+                else:
+                    column = down_column % S.down_columns
+                    expert = layer.to(gl.int64) * S.experts + pick(place, ids)
+                    _stage_rows(down_bias + expert * S.width, gl.where(column == 0, 1.0, 0.0), first, 0, staged, S)
+                    at = gate_up + place * (S.gate_up_blocks * 128)
+                    x, old_gate, old_up = _down_slice(at, gate_up_bias + expert * (2 * S.hidden), old_gate, old_up, factor, column, S)
+                x, unscale = _scaled(x)
+                store_fp8_terms(x, estore.index(half), 16)
+                unscale *= 64.0
+            if half == 0:
+                stamp(trace, layer, 11, S)
+                ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, S, E2)
+                for j in gl.static_range(4):
+                    chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
+                mbarrier.arrive(routed.index(0), count=1)
+                stamp(trace, layer, 12, S)
+                worker = anew(program)
+                if worker < S.splits * S.kv_heads:
+                    old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
+            _slice_stored()
+            if half == 0:
+                stamp(trace, layer, 14, S)
+            else:
+                stamp(trace, layer, 16, S)
+            sums_at = residual + gl.where(half == 0, GATE_UP + place * (S.gate_up_blocks * 128), 0)
+            weight = gl.where(half == 0, 1.0, pick(place, mixing))
+            en = _expert_tiles(first, last, en, unscale, weight, half == 0, wbig, wsmall, wscales, xe, half * 16, efull, eempty, rows, sums_at, S)
+            if half == 0:
+                stamp(trace, layer, 15, S)
+            else:
+                stamp(trace, layer, 18, S)
         count += S.top_k * S.down_columns
-        stamp(trace, layer, 18, S)
     _head(dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale, logits, S)
     if program == 0:
         gl.store(counter, launch + 1)
