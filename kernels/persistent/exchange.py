@@ -56,10 +56,37 @@ def _constraints(out: str, *inputs: str, n: int) -> gl.constexpr:
     return gl.constexpr(",".join([f"=&{out}"] * n + [one for kind in inputs for one in [kind] * n]))
 
 
+# $0 a word, or anything where $3 is zero; $1 its address, $2 what it is compared with.
+_ONE_WORD = """{{
+.reg .b64 d; .reg .b32 t, turns; .reg .pred p, on;
+setp.ne.s32 on, $3, 0; mov.b64 $0, 0; mov.b32 turns, 0;
+@!on bra done;
+again:
+ld.relaxed.gpu.global.b64 $0, [$1];
+add.u32 turns, turns, 1; setp.gt.u32 p, turns, {patience}; @p trap;
+{test}
+@p bra again;
+done:
+}}"""
+SUM_IF = gl.constexpr(
+    _ONE_WORD.format(
+        patience=PATIENCE, test="sub.s64 d, $0, $2; and.b64 d, d, 255; setp.ne.s64 p, d, 0;"
+    )
+)
+TAGGED_IF = gl.constexpr(
+    _ONE_WORD.format(patience=PATIENCE, test="shr.u64 d, $0, 32; setp.ne.s64 p, d, $2;")
+)
+NOW = gl.constexpr("ld.relaxed.gpu.global.b64 $0, [$1];")
 _SUMS_1, _SUMS_2, _SUMS_4 = _poll_sums(1), _poll_sums(2), _poll_sums(4)
 _TAGGED_1, _TAGGED_2, _TAGGED_4 = _poll_tagged(1), _poll_tagged(2), _poll_tagged(4)
 _S1, _S2, _S4 = (_constraints("l", "l", "l", "l", n=n) for n in (1, 2, 4))
 _T1, _T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (1, 2, 4))
+
+
+@gluon.jit
+def words_now(ptrs):
+    """The words at ptrs as they are in memory at this moment."""
+    return gl.inline_asm_elementwise(NOW, "=l,l", [ptrs], dtype=gl.int64, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -82,6 +109,25 @@ def wait_for_sums(ptrs, old, count, PACK: gl.constexpr):
     else:
         words = gl.inline_asm_elementwise(_SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4)
     return words
+
+
+@gluon.jit
+def wait_for_sums_if(ptrs, old, count, mask):
+    """wait_for_sums by the threads of which mask is set; a word that all programs wait for should
+    be asked for by one thread of each."""
+    return gl.inline_asm_elementwise(
+        SUM_IF, "=&l,l,l,r", [ptrs, old + count, mask.to(gl.int32)], dtype=gl.int64, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_tagged_if(ptrs, tag, mask):
+    """wait_for_tagged by the threads of which mask is set."""
+    tags = gl.zeros_like(ptrs.to(gl.int64)) + tag
+    words = gl.inline_asm_elementwise(
+        TAGGED_IF, "=&l,l,l,r", [ptrs, tags, mask.to(gl.int32)], dtype=gl.int64, is_pure=False, pack=1
+    )
+    return words.to(gl.int32).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

@@ -16,7 +16,7 @@ EXPERT_CHUNKS = 5
 EXPERT_COLUMNS = 64 * EXPERT_CHUNKS  # of an expert's tile in 4 bits
 SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
 ROW_BYTES = 256  # in which tiles are counted
-ROUTER_COLUMNS = 64  # of the vector that one program of the router takes
+ROUTER_COLUMNS = 128  # of the vector that one program of the router takes
 
 
 def cdiv(a: int, b: int) -> int:
@@ -45,6 +45,8 @@ class StepSizes:
     programs: int
     dense_slots: int = 5  # tiles of the ring of dense weights
     expert_slots: int = 5
+    dense_flight: int = 2  # tiles of a ring that are asked for and not there yet
+    expert_flight: int = 3
     splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
 
@@ -52,7 +54,7 @@ class StepSizes:
         columns = (self.width_columns, self.out_columns, self.top_k * self.gate_up_columns)
         assert max(*columns, self.top_k * self.down_columns, self.router_programs) <= self.programs
         assert self.splits * self.kv_heads <= self.programs
-        assert self.norm_groups <= 256 and self.router_programs <= 64
+        assert self.norm_groups <= 256 and self.router_programs <= 32
 
     # --- dense tiles
     @property

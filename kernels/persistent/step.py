@@ -27,7 +27,10 @@ from kernels.persistent.exchange import (
     publish,
     sum_of,
     wait_for_sums,
+    wait_for_sums_if,
     wait_for_tagged,
+    wait_for_tagged_if,
+    words_now,
 )
 from kernels.persistent.multiply import (
     dense_tile,
@@ -94,11 +97,20 @@ def _load_dense(desc64, desc16, tile, big, small, full, slot, S: gl.constexpr):
 
 
 @gluon.jit
+def _hold_back(full, n, FLIGHT: gl.constexpr, SLOTS: gl.constexpr):
+    """Until no more than FLIGHT - 1 tiles are on their way: what waits in the memory's queues delays
+    all that the programs hand to each other."""
+    if n >= FLIGHT:
+        mbarrier.wait(full.index((n - FLIGHT) % SLOTS), ((n - FLIGHT) // SLOTS) & 1)
+
+
+@gluon.jit
 def _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr):
     """Load the tiles from base + first to base + last; n counts the ring's tiles."""
     for i in range(first, last):
         slot = n % S.dense_slots
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
+        _hold_back(full, n, S.dense_flight, S.dense_slots)
         _load_dense(desc64, desc16, base + i, big, small, full, slot, S)
         n += 1
     return n
@@ -126,6 +138,7 @@ def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales
     for i in range(first, last):
         slot = n % S.expert_slots
         mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
+        _hold_back(full, n, S.expert_flight, S.expert_slots)
         at = (base + i) * S.expert_rows
         bar = full.index(slot)
         mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
@@ -337,8 +350,8 @@ def qkv_words(sums, kv_head, S: gl.constexpr):
     Called between two phases that add to them: the next use begins from here.
     """
     _, place = _qkv_places(kv_head, S)
-    lo = gl.load(sums + place, volatile=True)
-    return lo, gl.load(sums + place + S.head_width // 2, volatile=True)
+    lo = words_now(sums + place)
+    return lo, words_now(sums + place + S.head_width // 2)
 
 
 @gluon.jit
@@ -489,14 +502,14 @@ def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr)
 # -------------------------------------------------------------------------------------- router
 @gluon.jit
 def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, squares, S: gl.constexpr, E2: gl.constexpr):
-    """64 columns of the router: their part of all experts' logits, and their squares."""
-    L: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
+    """128 columns of the router: their part of all experts' logits, and their squares."""
+    L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     e = gl.arange(0, E2, layout=gl.SliceLayout(1, L))
-    i = gl.arange(0, 64, layout=gl.SliceLayout(0, L))
-    k = program * 64 + i
+    i = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
+    k = program * 128 + i
     inside = k < S.width
     row = gl.minimum(e, S.experts - 1)
-    w = gl.load(router + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 64 + i[None, :])
+    w = gl.load(router + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 128 + i[None, :])
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
@@ -509,26 +522,28 @@ def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, square
 
 
 @gluon.jit
-def choose(layer, bias, old, tag, sums, squares, S: gl.constexpr, E2: gl.constexpr):
+def choose(layer, bias, old, tag, sums, squares, shared, S: gl.constexpr, E2: gl.constexpr):
     """The experts of this token by falling logit, their weights, the norm's factor, new olds.
 
-    Every warp does it alone: 128 logits are four a lane.
+    One thread waits for each number; then every warp chooses alone: 128 logits are four a lane.
+    old: [256], of which the first E2 are used
     """
+    ALL: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
-    Q: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
+    PARTS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     e = gl.arange(0, E2, layout=EACH)
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
-    part = gl.arange(0, 64, layout=Q)
-    there = squares + gl.minimum(part, S.router_programs - 1)
-    words = gl.load(sums + row, volatile=True)
-    found = gl.load(there, volatile=True)
-    while gl.max(((words - old - S.router_programs) & 255).to(gl.int32), 0) + gl.max((found >> 32).to(gl.int32) ^ tag, 0) != 0:
-        words = gl.load(sums + row, volatile=True)
-        found = gl.load(there, volatile=True)
-    found = found.to(gl.int32).to(gl.float32, bitcast=True)
-    factor = gl.rsqrt(gl.sum(gl.where(part < S.router_programs, found, 0.0), 0) / S.width + S.eps)
-    logits = sum_of(words, old) * factor + add
+    i = gl.arange(0, 256, layout=ALL)
+    words = wait_for_sums_if(sums + gl.minimum(i, S.experts - 1), old, S.router_programs, i < S.experts)
+    part = gl.minimum(gl.maximum(i - 128, 0), S.router_programs - 1)
+    found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
+    shared.store(gl.where(i < 128, sum_of(words, old), found))
+    wait_for_warps()
+    p = gl.arange(0, 32, layout=PARTS)
+    squared = gl.where(p < S.router_programs, shared.slice(128, 32).load(PARTS), 0.0)
+    factor = gl.rsqrt(gl.sum(squared, 0) / S.width + S.eps)
+    logits = shared.slice(0, E2).load(EACH) * factor + add
     bits = logits.to(gl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
     # NaN (weights that overflow) must not lead to an expert that does not exist.
@@ -547,7 +562,7 @@ def choose(layer, bias, old, tag, sums, squares, S: gl.constexpr, E2: gl.constex
     w2 = gl.exp(peaks[2] - peaks[0])
     w3 = gl.exp(peaks[3] - peaks[0])
     all = 1.0 + w1 + w2 + w3
-    return ids, (1.0 / all, w1 / all, w2 / all, w3 / all), factor, words
+    return ids, (1.0 / all, w1 / all, w2 / all, w3 / all), factor, gl.where(i < S.experts, words, 0)
 
 
 @gluon.jit
@@ -669,7 +684,7 @@ def consumer(
     token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, S: gl.constexpr, E2: gl.constexpr,
+    efull, eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -732,8 +747,7 @@ def consumer(
     HALF: gl.constexpr = S.head_width // 2
     old_lo = gl.zeros([16, HALF], gl.int64, layout=QL)
     old_hi = gl.zeros([16, HALF], gl.int64, layout=QL)
-    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
-    old_router = gl.zeros([E2], gl.int64, layout=EACH)
+    old_router = gl.zeros([256], gl.int64, layout=gl.BlockedLayout([1], [32], [8], [0]))
     XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
     old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
     old_up = gl.zeros([16, 32], gl.int64, layout=XL)
@@ -821,7 +835,7 @@ def consumer(
                 unscale *= 64.0
             if half == 0:
                 stamp(trace, layer, 11, S)
-                ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, S, E2)
+                ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, numbers, S, E2)
                 for j in gl.static_range(4):
                     chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
                 mbarrier.arrive(routed.index(0), count=1)
@@ -873,6 +887,7 @@ def step_kernel(
     WIDE: gl.constexpr = S.head_width
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     rows = gl.allocate_shared_memory(gl.float32, [ROWS, 128], LINE)
+    numbers = gl.allocate_shared_memory(gl.float32, [256], LINE)
     qs = gl.allocate_shared_memory(gl.bfloat16, [16, WIDE], FLAT2)
     dfull = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
     dempty = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
@@ -892,7 +907,7 @@ def step_kernel(
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         gate_up_bias, down_bias, head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, rows, qs, trace, S, E2)),
+                        eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (expert64, expert16, expert8, ebig, esmall, escales, efull, eempty,
                                chosen, routed, S)),

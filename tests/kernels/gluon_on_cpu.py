@@ -399,8 +399,6 @@ class Emulated:
     @staticmethod
     def load(ptr: Pointer, mask: Any = None, other: Any = 0, **kwargs: Any) -> T:
         at = ptr.at
-        if kwargs.get("volatile"):  # a turn of a loop that waits
-            _watch.pause()
         if mask is None:
             assert (at >= 0).all() and (at < len(ptr.memory)).all(), "load outside of the buffer"
             return T(ptr.memory[at].copy())

@@ -38,7 +38,27 @@ def handlers(modules):
         a, b = as_bytes(a), as_bytes(b)
         return tuple(T(part[..., q, :]) for q in range(4) for part in (a, b))
 
-    found = {}
+    def now(ptrs):
+        gluon_on_cpu._watch.pause()
+        return T(ptrs.memory[ptrs.at].copy())
+
+    def sums_if(ptrs, wanted, mask):
+        keep = raw(mask) != 0
+        while True:
+            words = np.where(keep, ptrs.memory[ptrs.at], 0)
+            if (((words - raw(wanted)) & 255 == 0) | ~keep).all():
+                return T(words)
+            gluon_on_cpu._watch.pause()
+
+    def tagged_if(ptrs, tags, mask):
+        keep = raw(mask) != 0
+        while True:
+            words = np.where(keep, ptrs.memory[ptrs.at], 0)
+            if ((words >> 32 == raw(tags)) | ~keep).all():
+                return T((words & 0xFFFFFFFF).astype(np.uint32).view(np.int32).astype(np.int64))
+            gluon_on_cpu._watch.pause()
+
+    found = {exchange.NOW: now, exchange.SUM_IF: sums_if, exchange.TAGGED_IF: tagged_if}
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
             found[getattr(exchange, name + str(n))] = handler
