@@ -5,11 +5,15 @@ tile is decoded to bf16 exactly, with the scales of groups in a row (kernels/wei
 Scales of 128x128 blocks multiply the fp32 sums of each step, scales of rows and of whole tensors
 the sums at the end.
 
+Experts in the tiles of the persistent step (kernels/persistent/pack.py) are read as they lie: one
+chunk of a tile is a step, its rows and columns stand in the order of the words, and the columns of
+x and the numbers of the rows follow that order.
+
 T tokens, D model width, F expert width, E experts, K experts per token; in the kernel N and K are
 the rows and columns of the weight, M a block of (token, slot) pairs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -17,6 +21,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_routing import Routing
+from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts
+from kernels.persistent.sizes import EXPERT_CHUNKS, TILE_ROWS
 from kernels.swiglu import Swiglu, swiglu
 from kernels.weight_formats import (
     as_words,
@@ -26,7 +32,7 @@ from kernels.weight_formats import (
     scale_bytes,
     scales_of,
 )
-from kernels.weight_tiles import decode_tile
+from kernels.weight_tiles import decode_chunk, decode_tile
 from quant.tensor import QuantTensor
 
 
@@ -47,6 +53,20 @@ TILES = {
     64: Tile(128, 64, 4, 3),
     128: Tile(128, 64, 8, 3),
 }
+
+
+@triton.jit
+def chunk_rows(ROWS: tl.constexpr):
+    """Row numbers of a chunk in the order in which it is decoded: r, r + 8, r + 1, r + 9, .."""
+    i = tl.arange(0, ROWS)
+    return i // 16 * 16 + i % 2 * 8 + i // 2 % 8
+
+
+@triton.jit
+def chunk_columns():
+    """Column numbers of a chunk in the order in which it is decoded: 4 c + e of each 16 in turn."""
+    i = tl.arange(0, 64)
+    return i // 4 % 4 * 16 + i // 16 * 4 + i % 4
 
 
 # A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
@@ -73,6 +93,11 @@ def _moe_gemm_kernel(
     SCALE_ROWS: tl.constexpr,
     SCALE_COLUMNS: tl.constexpr,
     SCALES_PER_EXPERT: tl.constexpr,
+    TILED: tl.constexpr,
+    TILES_PER_EXPERT: tl.constexpr,
+    FIRST_TILE: tl.constexpr,
+    TILE_BYTES: tl.constexpr,
+    CHUNKS: tl.constexpr,  # of a tile
     SWIGLU: tl.constexpr,
     GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
     TO_UP: tl.constexpr,
@@ -97,15 +122,30 @@ def _moe_gemm_kernel(
         if SWIGLU:  # gate and up in turn; none for activations that there are not
             n = tl.where(n < N, n // 2 * GATE_STEP + n % 2 * TO_UP, N)
         row = expert * N + n
+        if TILED:
+            n = tl.program_id(1) * BLOCK_N + chunk_rows(BLOCK_N)
+            row = expert * N + n
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
+            k = k0 + (chunk_columns() if TILED else tl.arange(0, BLOCK_K))
             x = tl.load(
                 x_ptr + x_row[:, None] * K + k[None, :],
                 mask=working[:, None] & (k < K)[None, :],
                 other=0.0,
             )
-            if CODES == "bf16":
+            if TILED:
+                chunk = k0 // BLOCK_K
+                tile = (
+                    expert * (TILES_PER_EXPERT * TILE_BYTES)
+                    + (
+                        FIRST_TILE
+                        + chunk // CHUNKS * ((N + BLOCK_N - 1) // BLOCK_N)
+                        + tl.program_id(1)
+                    )
+                    * TILE_BYTES
+                )
+                w = decode_chunk(weights_ptr + tile, chunk % CHUNKS, x.dtype, BLOCK_N, CHUNKS)
+            elif CODES == "bf16":
                 w = tl.load(
                     weights_ptr + row[:, None] * K + k[None, :],
                     mask=(n < N)[:, None] & (k < K)[None, :],
@@ -144,9 +184,14 @@ def _moe_gemm_kernel(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if SWIGLU:
+            f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+            if TILED:
+                # Pairs of rows r and r + 8 stand side by side: gate and up are two apart.
+                acc = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_N // 4, 2, 2)), (0, 1, 3, 2))
+                i = tl.arange(0, BLOCK_N // 2)
+                f = tl.program_id(1) * (BLOCK_N // 2) + i // 8 * 8 + i % 2 * 4 + i // 2 % 4
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
             hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
-            f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
             out = out_ptr + pair.to(tl.int64)[:, None] * (N // 2) + f[None, :]
             inside = working[:, None] & (f < N // 2)[None, :]
             tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
@@ -180,7 +225,7 @@ def rows_per_block(tokens: int, experts_per_token: int, num_experts: int) -> int
 
 def moe_gemm_gate_up(
     x_TD: Tensor,
-    gate_up: QuantTensor,
+    gate_up: QuantTensor | TiledExperts,
     bias: Tensor | None,
     routing: Routing,
     activation: Swiglu,
@@ -188,7 +233,7 @@ def moe_gemm_gate_up(
     """First half of the routed experts for T tokens: gate_up and the gated activation.
 
     x_TD:        [T, D] normed tokens
-    gate_up:     [E, 2F, D] in any format
+    gate_up:     [E, 2F, D] in any format, or in tiles
     bias:        [E, 2F] or None
     routing:     of these tokens
     activation:  also says how gate and up rows stand
@@ -205,12 +250,12 @@ def moe_gemm_gate_up(
 
 
 def moe_gemm_down(
-    hidden: Tensor, down: QuantTensor, bias: Tensor | None, routing: Routing
+    hidden: Tensor, down: QuantTensor | TiledExperts, bias: Tensor | None, routing: Routing
 ) -> Tensor:
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
     hidden:   [T * K, F] of moe_gemm_gate_up
-    down:     [E, D, F] in any format
+    down:     [E, D, F] in any format, or in tiles
     bias:     [E, D] or None
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
 
@@ -239,7 +284,7 @@ def add_expert_outputs(outputs: Tensor, residual_TD: Tensor) -> Tensor:
 
 def _launch(
     x: Tensor,
-    weight: QuantTensor,
+    weight: QuantTensor | TiledExperts,
     bias: Tensor | None,
     routing: Routing,
     out: Tensor,
@@ -251,14 +296,30 @@ def _launch(
     step, to_up = gated.rows(rows // 2)
     blocks, block_m = routing.block_rows.shape
     tile = TILES[block_m]
-    codes = codes_of(weight.format).name
-    scale_rows, scale_columns = scale_block(weight)
-    assert scale_columns >= columns or max(scale_columns, tile.block_k) % tile.block_k == 0
+    if isinstance(weight, TiledExperts):
+        tile = replace(tile, block_n=TILE_ROWS)
+        assert activation is None or (step, to_up) == (2, 1), activation
+        values, scales, tensor_scale = weight.tiles, None, None
+        formats = dict(
+            CODES="e2m1", SCALES="e8m0", SCALE_ROWS=1, SCALE_COLUMNS=32, SCALES_PER_EXPERT=0,
+            TILED=True, TILES_PER_EXPERT=weight.tiles.shape[1], FIRST_TILE=weight.first_tile,
+        )  # fmt: skip
+    else:
+        codes = codes_of(weight.format).name
+        values = weight.values if codes == "bf16" else as_words(weight)
+        scales, tensor_scale = scale_bytes(weight), weight.tensor_scale
+        scale_rows, scale_columns = scale_block(weight)
+        assert scale_columns >= columns or max(scale_columns, tile.block_k) % tile.block_k == 0
+        formats = dict(
+            CODES=codes, SCALES=scales_of(weight.format), SCALE_ROWS=scale_rows,
+            SCALE_COLUMNS=scale_columns, TILED=False, TILES_PER_EXPERT=0, FIRST_TILE=0,
+            SCALES_PER_EXPERT=0 if weight.scales is None else weight.scales[0].numel(),
+        )  # fmt: skip
     _moe_gemm_kernel[(blocks, triton.cdiv(rows, tile.block_n))](
         x,
-        weight.values if codes == "bf16" else as_words(weight),
-        scale_bytes(weight),
-        weight.tensor_scale,
+        values,
+        scales,
+        tensor_scale,
         bias,
         routing.block_expert,
         routing.block_rows,
@@ -269,11 +330,9 @@ def _launch(
         K=columns,
         E=experts,
         PAIRS_PER_ROW=pairs_per_row,
-        CODES=codes,
-        SCALES=scales_of(weight.format),
-        SCALE_ROWS=scale_rows,
-        SCALE_COLUMNS=scale_columns,
-        SCALES_PER_EXPERT=0 if weight.scales is None else weight.scales[0].numel(),
+        **formats,
+        TILE_BYTES=EXPERT_TILE_BYTES,
+        CHUNKS=EXPERT_CHUNKS,
         SWIGLU=activation is not None,
         GATE_STEP=step,
         TO_UP=to_up,

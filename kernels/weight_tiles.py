@@ -48,6 +48,77 @@ _E4M3_PTX = _e4m3_ptx("")
 _E4M3_SCALED_PTX = _e4m3_ptx("fma.rn.bf16x2 ${0}, ${0}, $5, z;")
 
 
+# Words of the persistent step's tiles (kernels/persistent/pack.py) in $4, scales of rows r and
+# r + 8 as bf16 in both halves in $5 and $6; $0, $1 four bf16 weights of row r, $2, $3 of row r + 8.
+_CHUNK_PTX = tl.constexpr("""{
+.reg .b32 a, b, t, u, z;
+mov.b32 z, 0;
+and.b32 a, $4, 0x9C9C9C9C;
+shl.b32 t, $4, 2; shr.u32 u, $4, 2; and.b32 t, t, 0x8C8C8C8C; lop3.b32 b, u, 0x10101010, t, 0xEA;
+prmt.b32 $0, a, z, 0x1404; prmt.b32 $1, a, z, 0x3424;
+prmt.b32 $2, b, z, 0x1404; prmt.b32 $3, b, z, 0x3424;
+shr.u32 t, $0, 4; and.b32 t, t, 0x01C001C0; lop3.b32 $0, $0, 0x80008000, t, 0xEA;
+shr.u32 t, $1, 4; and.b32 t, t, 0x01C001C0; lop3.b32 $1, $1, 0x80008000, t, 0xEA;
+shr.u32 t, $2, 4; and.b32 t, t, 0x01C001C0; lop3.b32 $2, $2, 0x80008000, t, 0xEA;
+shr.u32 t, $3, 4; and.b32 t, t, 0x01C001C0; lop3.b32 $3, $3, 0x80008000, t, 0xEA;
+mov.b32 t, 0x7E807E80; mov.b32 u, 0x80008000;
+fma.rn.bf16x2 $0, $0, t, u; fma.rn.bf16x2 $0, $0, $5, u;
+fma.rn.bf16x2 $1, $1, t, u; fma.rn.bf16x2 $1, $1, $5, u;
+fma.rn.bf16x2 $2, $2, t, u; fma.rn.bf16x2 $2, $2, $6, u;
+fma.rn.bf16x2 $3, $3, t, u; fma.rn.bf16x2 $3, $3, $6, u;
+}""")
+
+
+@triton.jit
+def decode_chunk(tile_ptr, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Weights [ROWS, 64] of one chunk of a tile of bytes, in the order of its words.
+
+    Row 2 i + j is row 16 (i // 8) + i % 8 + 8 j, column 16 c + 4 q + e is column 16 q + 4 c + e.
+    """
+    pair = tl.arange(0, ROWS // 2)
+    word = tl.arange(0, 16)
+    words_ptr = tile_ptr.to(tl.pointer_type(tl.int32)) + chunk * (ROWS * 8)
+    words = tl.load(words_ptr + pair[:, None] * 16 + word[None, :])
+    # Scales: bytes of words of four groups, [words, rows]; a chunk has two groups.
+    group = chunk * 2 + tl.arange(0, 2)
+    row = pair // 8 * 16 + pair % 8
+    scales = tile_ptr + CHUNKS * ROWS * 32 + (group // 4 * (ROWS * 4) + group % 4)[None, :]
+    first = tl.load(scales + row[:, None] * 4)
+    second = tl.load(scales + (row + 8)[:, None] * 4)
+    if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
+        bits = words.to(tl.uint32, bitcast=True)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
+        code = bits.to(tl.int32)
+        a = ((code & 0x80) << 24) | ((code & 0x1C) << 20)
+        b = ((code & 0x20) << 26) | ((code & 0x40) << 18) | ((code & 3) << 22)
+        both = tl.join(a, b).to(tl.float32, bitcast=True) * 2.0**126  # [pairs, words, e, 2]
+        scale = tl.join(decode_scale(first, "e8m0"), decode_scale(second, "e8m0"))
+        scale = tl.reshape(scale, (ROWS // 2, 1, 2, 1, 1, 2))
+        both = tl.reshape(both, (ROWS // 2, 4, 2, 2, 4, 2)) * scale
+        both = tl.permute(tl.reshape(both, (ROWS // 2, 64, 2)), (0, 2, 1))
+        return tl.reshape(both, (ROWS, 64)).to(dtype)
+    else:
+        w0, w1, w2, w3 = tl.inline_asm_elementwise(
+            _CHUNK_PTX,
+            "=&r,=&r,=&r,=&r,r,r,r",
+            [words, _for_words(first, ROWS // 2), _for_words(second, ROWS // 2)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+        rows = tl.join(tl.join(w0, w1), tl.join(w2, w3))  # [pairs, words, two of e, row + 8]
+        rows = tl.reshape(tl.permute(rows, (0, 3, 1, 2)), (ROWS, 32))
+        low = rows.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (rows >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        return tl.reshape(tl.join(low, high), (ROWS, 64)).to(dtype)
+
+
+@triton.jit
+def _for_words(stored, PAIRS: tl.constexpr):
+    """Scales [PAIRS, 2] of a chunk's groups as bf16 pairs [PAIRS, 16] of its words."""
+    pair = tl.reshape(_scale_pairs(stored, "e8m0"), (PAIRS, 1, 2, 1))
+    return tl.reshape(tl.broadcast_to(pair, (PAIRS, 4, 2, 2)), (PAIRS, 16))
+
+
 @triton.jit
 def _values(words, CODES: tl.constexpr):
     """fp32 values [BLOCK_N, words, 8] of codes, by plain arithmetic: for the interpreter."""

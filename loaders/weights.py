@@ -7,7 +7,9 @@ scales of whole tensors not 0.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,18 @@ _CHECK_CHUNK = 1 << 24  # elements checked at once on the CPU
 _BAR_DELAY_S = 1.0  # a small model needs no bar
 
 
+@dataclass(frozen=True)
+class Relayout:
+    """Weights that are laid out anew on the device as they come, a few at a time.
+
+    groups: names of weights that are there together; all others come before them
+    take:   what stands for a group's weights, by the same names; theirs is freed
+    """
+
+    groups: Sequence[Sequence[str]]
+    take: Callable[[dict[str, Tensor | QuantTensor]], dict[str, Any]]
+
+
 def load_weights(
     checkpoint: Checkpoint,
     table: NameTable,
@@ -34,6 +48,7 @@ def load_weights(
     num_layers: int,
     *,
     device: torch.device | str,
+    relayout: Relayout | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor | QuantTensor]:
     """All weights of a model by our names, plain ones in the dtype of the files.
@@ -41,13 +56,13 @@ def load_weights(
     dims:     the letters of the table's shapes
     device:   "cpu" maps the files and copies only what is made of several tensors; "cuda" reads
               them through pinned buffers
+    relayout: on a GPU, which weights are handed on to be laid out anew
     progress: a bar with bytes on stderr
     Raises CheckpointError when tensors do not fit the table (before anything is read or allocated),
     or hold NaN or infinity.
     """
     plan = match_names(logical_tensors(checkpoint), table, dims, num_layers)
     device = torch.device(device)
-    load = load_mapped if device.type == "cpu" else load_staged
     with tqdm(
         desc="Loading weights",
         total=plan.total_bytes,
@@ -57,7 +72,9 @@ def load_weights(
         delay=_BAR_DELAY_S,
         disable=None if progress else True,  # None: off unless stderr is a terminal
     ) as bar:
-        return load(checkpoint, plan, device, bar.update)
+        if device.type == "cpu":
+            return load_mapped(checkpoint, plan, device, bar.update)
+        return load_staged(checkpoint, plan, device, bar.update, relayout)
 
 
 def load_mapped(
@@ -92,9 +109,27 @@ def load_staged(
     plan: LoadPlan,
     device: torch.device,
     on_bytes: Callable[[int], object],
+    relayout: Relayout | None = None,
 ) -> dict[str, Tensor | QuantTensor]:
     """Tensors on `device`, filled through staging buffers and checked there."""
-    parts = [part for planned in plan.weights for part in planned.parts]
+    groups = [] if relayout is None else [frozenset(group) for group in relayout.groups]
+    later = frozenset().union(*groups)
+    first = [planned for planned in plan.weights if planned.name not in later]
+    weights = _staged(checkpoint, first, device, on_bytes)
+    for group in groups:
+        part = [planned for planned in plan.weights if planned.name in group]
+        assert relayout is not None
+        weights |= relayout.take(_staged(checkpoint, part, device, on_bytes))
+    return weights
+
+
+def _staged(
+    checkpoint: Checkpoint,
+    planned_weights: Sequence[PlannedWeight],
+    device: torch.device,
+    on_bytes: Callable[[int], object],
+) -> dict[str, Tensor | QuantTensor]:
+    parts = [part for planned in planned_weights for part in planned.parts]
     targets = [
         torch.empty(part.shape, dtype=TORCH_DTYPES[part.dtype], device=device) for part in parts
     ]
@@ -107,7 +142,7 @@ def load_staged(
     copy_spans(spans, device=device, on_bytes=on_bytes)
     _check_all(parts, targets)
     filled = iter(targets)
-    return {planned.name: _rows_in_order(_weight(planned, filled)) for planned in plan.weights}
+    return {planned.name: _rows_in_order(_weight(planned, filled)) for planned in planned_weights}
 
 
 def _spans(checkpoint: Checkpoint, part: StoredTensor, target: Tensor) -> Iterator[Span]:

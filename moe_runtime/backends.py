@@ -14,7 +14,7 @@ import torch
 from loaders.checkpoint import Checkpoint
 from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan
-from loaders.weights import load_weights
+from loaders.weights import Relayout, load_weights
 from moe_runtime.backend import Backend
 from moe_runtime.config import DecoderConfig
 from moe_runtime.dense_format import (
@@ -31,7 +31,7 @@ from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.host_memory import check_host_memory
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
-from moe_runtime.plan import MemoryPlan, fit, formats_by_component, weights_by_component
+from moe_runtime.plan import MemoryPlan, MoreBytes, fit, formats_by_component, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.start_times import StartTimes
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels, remark_on
@@ -82,11 +82,20 @@ def create_backend(
         raise ValueError(f"max_context must be from 1 to {config.max_context}, got {max_context}")
     packed = packed_names(opened.plan, config.family, dense_format)
     nbytes = bytes_as_loaded(opened.plan, packed)
-    room = packing_bytes(opened.plan, packed)
+    packing = packing_bytes(opened.plan, packed)
     weight_bytes = weights_by_component(nbytes)
     times = times or StartTimes()
     with times.part("device"):  # a process's first look at a GPU sets up CUDA
-        target, plan = _place(config, weight_bytes, device, backend, max_context, room, progress)
+        dense = DENSE_FORMATS[dense_format] if packed else None
+
+        def more(target: torch.device) -> MoreBytes:
+            found = MoreBytes()
+            if backend != "reference":
+                family = GPU_FAMILIES[config.family]
+                found = family.more_bytes(config, family.formats(opened.plan), target, dense)
+            return replace(found, packing=max(found.packing, packing))
+
+        target, plan = _place(config, weight_bytes, device, backend, max_context, more, progress)
     format_names = {
         w.name: w.format.name if w.format else w.dtype.lower() for w in opened.plan.weights
     }
@@ -118,7 +127,7 @@ def create_backend(
     if target.type == "cpu":
         check_host_memory(opened.plan)
 
-    def load() -> Weights:
+    def load(relayout: Relayout | None = None) -> Weights:
         with times.part("weights"):
             weights = load_weights(
                 checkpoint,
@@ -126,6 +135,7 @@ def create_backend(
                 config.dims,
                 config.num_layers,
                 device=target,
+                relayout=relayout,
                 progress=progress,
             )
             return pack(weights, packed)
@@ -135,10 +145,16 @@ def create_backend(
         model.rounded = rounded
         made: Backend = ReferenceBackend(model, plan)
     else:
-        formats = GPU_FAMILIES[config.family].formats(opened.plan)
+        family = GPU_FAMILIES[config.family]
+        formats = family.formats(opened.plan)
+        if progress and (reason := family.slower_because(config, formats, target)):
+            _say(reason)
         with torch.cuda.device(target):
-            dense = DENSE_FORMATS[dense_format] if packed else None
-            weights = _compile_and_load(plan, target, load, formats, dense, times)
+
+            def load_here() -> Weights:
+                return load(family.relayout(config, formats, target))
+
+            weights = _compile_and_load(plan, target, load_here, formats, dense, times)
             with times.part("capture"):
                 made = TritonBackend(config, weights, plan, target)
     if progress:
@@ -196,7 +212,7 @@ def _place(
     device: str,
     backend: str,
     max_context: int | None,
-    packing_bytes: int,
+    more: Callable[[torch.device], MoreBytes],
     progress: bool,
 ) -> tuple[torch.device, MemoryPlan]:
     """The device to run on and the plan that fits it."""
@@ -206,14 +222,14 @@ def _place(
             _say(f"running on the CPU, slowly: there are no GPU kernels for {config.family} models")
         elif _runs_kernels(target):
             try:
-                return target, _fit_gpu(config, weight_bytes, target, max_context, packing_bytes)
+                return target, _fit_gpu(config, weight_bytes, target, max_context, more(target))
             except DoesNotFitError as error:
                 _say(f"running on the CPU, slowly: {error.message}; {error.hint}")
         elif progress:
             _say(f"running on the CPU: {target} has a compute capability below 8.0")
     target = parse_device(device)
     if target.type == "cuda":
-        return target, _fit_gpu(config, weight_bytes, target, max_context, packing_bytes)
+        return target, _fit_gpu(config, weight_bytes, target, max_context, more(target))
     return target, MemoryPlan(config, weight_bytes, max_context or config.max_context)
 
 
@@ -242,7 +258,7 @@ def _fit_gpu(
     weight_bytes: dict[str, int],
     target: torch.device,
     max_context: int | None,
-    packing_bytes: int,
+    more: MoreBytes,
 ) -> MemoryPlan:
     free_bytes, _ = torch.cuda.mem_get_info(target)
     return fit(
@@ -251,7 +267,7 @@ def _fit_gpu(
         max_context=max_context,
         free_bytes=free_bytes,
         device=str(target),
-        packing_bytes=packing_bytes,
+        more=more,
     )
 
 

@@ -6,6 +6,7 @@ layers a ring of the window and one prefill chunk.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,7 @@ class KVCache:
 
     keys: list[Tensor]  # per layer [G, slots, C]
     values: list[Tensor]
+    memory: Tensor  # [n], what all of them are parts of
 
     @classmethod
     def allocate(
@@ -34,10 +36,15 @@ class KVCache:
     ) -> KVCache:
         """Zeroed caches for max_context positions; shared: keys and values in the same memory."""
 
-        def layer_cache(layer: int) -> Tensor:
-            slots = cache_slots(config, layer, max_context)
-            shape = (config.num_kv_heads, slots, config.head_width)
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        keys = [layer_cache(i) for i in range(config.num_layers)]
-        return cls(keys, keys if shared else [torch.zeros_like(k) for k in keys])
+        shapes = [
+            (config.num_kv_heads, cache_slots(config, layer, max_context), config.head_width)
+            for layer in range(config.num_layers)
+        ]
+        sizes = [math.prod(shape) for shape in shapes for _ in range(1 if shared else 2)]
+        memory = torch.zeros(sum(sizes), dtype=dtype, device=device)
+        parts = iter(memory.split(sizes))
+        keys, values = [], []
+        for shape in shapes:
+            keys.append(next(parts).view(shape))
+            values.append(keys[-1] if shared else next(parts).view(shape))
+        return cls(keys, values, memory)

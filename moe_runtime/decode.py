@@ -17,6 +17,7 @@ from torch import Tensor
 from kernels.gemv import embedding, gemv
 from kernels.moe_gemv import moe_down, moe_gate_up
 from kernels.packed_vector import activation_scale, packed_vectors
+from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, tiles_of
 from kernels.router_topk import router_topk
 from kernels.sampling import sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
@@ -43,9 +44,9 @@ class LayerWeights:
     moe_norm: Tensor
     router: Tensor
     router_bias: Tensor
-    gate_up: QuantTensor
+    gate_up: QuantTensor | TiledExperts
     gate_up_bias: Tensor
-    down: QuantTensor
+    down: QuantTensor | TiledExperts
     down_bias: Tensor
 
 
@@ -69,9 +70,9 @@ class ModelWeights:
             assert isinstance(tensor, Tensor), name
             return tensor
 
-        def experts(name: str) -> QuantTensor:
+        def experts(name: str) -> QuantTensor | TiledExperts:
             tensor = weights[name]
-            if isinstance(tensor, QuantTensor):
+            if isinstance(tensor, QuantTensor | TiledExperts):
                 return tensor
             return QuantTensor(tensor, None, BF16, tuple(tensor.shape))
 
@@ -101,12 +102,12 @@ class ModelWeights:
 def zero_weights(
     config: ModelConfig,
     device: torch.device,
-    expert_formats: tuple[QuantFormat, QuantFormat] = (MXFP4, MXFP4),
+    expert_formats: tuple[QuantFormat, QuantFormat] | None = (MXFP4, MXFP4),
     dense_format: QuantFormat | None = None,
 ) -> ModelWeights:
     """Weights of zeros of one layer, used for all: to run kernels before the real ones are read.
 
-    expert_formats: of gate_up and of down
+    expert_formats: of gate_up and of down; None: in tiles
     dense_format:   of what moe_runtime/dense_format.py packs; None: bf16
     A router of zeros takes the first K experts, so no others are allocated.
     """
@@ -127,7 +128,17 @@ def zero_weights(
         scales = torch.zeros(rows, 1, device=device)
         return QuantTensor(values.view(rows, columns), scales, dense_format, (rows, columns))
 
-    def experts(format: QuantFormat, rows: int, columns: int) -> QuantTensor:
+    half_tiles = [
+        tiles_of(rows, columns)
+        for rows, columns in ((2 * c.expert_width, c.model_width), (c.model_width, c.expert_width))
+    ]
+    shape = (c.experts_per_token, sum(half_tiles), EXPERT_TILE_BYTES)
+    tiles = torch.zeros(shape if expert_formats is None else 0, dtype=torch.uint8, device=device)
+
+    def experts(half: int, rows: int, columns: int) -> QuantTensor | TiledExperts:
+        if expert_formats is None:
+            return TiledExperts(tiles, half * half_tiles[0], (c.num_experts, rows, columns))
+        format = expert_formats[half]
         shape = (c.experts_per_token, rows, columns)
         packed = (*shape[:2], columns // format.values_per_byte)
         values = torch.zeros(packed, dtype=format.value_dtype, device=device)
@@ -150,13 +161,19 @@ def zero_weights(
         moe_norm=zeros(c.model_width),
         router=zeros(c.num_experts, c.model_width),
         router_bias=zeros(c.num_experts),
-        gate_up=experts(expert_formats[0], 2 * c.expert_width, c.model_width),
+        gate_up=experts(0, 2 * c.expert_width, c.model_width),
         gate_up_bias=zeros(c.num_experts, 2 * c.expert_width),
-        down=experts(expert_formats[1], c.model_width, c.expert_width),
+        down=experts(1, c.model_width, c.expert_width),
         down_bias=zeros(c.num_experts, c.model_width),
     )
     head = projection(c.vocab_size, c.model_width)
     return ModelWeights(table, layer.moe_norm, head, [layer] * c.num_layers)
+
+
+def in_rows(layer: LayerWeights) -> tuple[QuantTensor, QuantTensor]:
+    """gate_up and down, which this step reads in rows."""
+    assert isinstance(layer.gate_up, QuantTensor) and isinstance(layer.down, QuantTensor)
+    return layer.gate_up, layer.down
 
 
 class DecodeStep(CapturedStep):
@@ -190,7 +207,7 @@ class DecodeStep(CapturedStep):
         self.expert_weights = buffer(c.experts_per_token)
         self.activation = Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True)
         unscale = 1.0 / activation_scale(c.swiglu_limit)
-        formats = {(w.gate_up.format, w.down.format) for w in weights.layers}
+        formats = {(g.format, d.format) for g, d in map(in_rows, weights.layers)}
         self._packed = {
             (g, d): (
                 packed_vectors(g, 1, c.model_width, device),
@@ -244,7 +261,8 @@ class DecodeStep(CapturedStep):
 
     def _mix_experts(self, w: LayerWeights) -> None:
         c = self.config
-        packed, hidden = self._packed[w.gate_up.format, w.down.format]
+        gate_up, down = in_rows(w)
+        packed, hidden = self._packed[gate_up.format, down.format]
         router_topk(
             self.residual,
             w.moe_norm,
@@ -257,7 +275,5 @@ class DecodeStep(CapturedStep):
             expert_weights=self.expert_weights,
             packed=packed,
         )
-        moe_gate_up(packed, w.gate_up, w.gate_up_bias, self.expert_ids, hidden, self.activation)
-        moe_down(
-            hidden, w.down, w.down_bias, self.expert_ids, self.expert_weights, self.residual
-        )
+        moe_gate_up(packed, gate_up, w.gate_up_bias, self.expert_ids, hidden, self.activation)
+        moe_down(hidden, down, w.down_bias, self.expert_ids, self.expert_weights, self.residual)

@@ -74,6 +74,14 @@ def formats_by_component(formats: Mapping[str, str], nbytes: Mapping[str, int]) 
 
 
 @dataclass(frozen=True)
+class MoreBytes:
+    """What a backend takes besides weights as stored, cache and activations."""
+
+    tiles: int = 0  # more than the weights' own that their tiles take, see gpu/persistent.py
+    packing: int = 0  # while weights are packed, then free
+
+
+@dataclass(frozen=True)
 class MemoryPlan:
     """Bytes on the device for one model and one context."""
 
@@ -82,7 +90,7 @@ class MemoryPlan:
     max_context: int
     world_size: int = 1  # devices that share heads and experts, see check_world_size
     formats: Mapping[str, str] = field(default_factory=dict)  # of weights as loaded, by component
-    packing_bytes: int = 0  # taken besides the weights while they are packed, then free
+    more: MoreBytes = MoreBytes()
 
     @property
     def total_weight_bytes(self) -> int:
@@ -129,8 +137,8 @@ class MemoryPlan:
     @property
     def total_bytes(self) -> int:
         """Everything the device must hold, with a reserve."""
-        besides = max(self.cache_bytes + self.workspace_bytes, self.packing_bytes)
-        return self.total_weight_bytes + besides + RESERVE_BYTES
+        besides = max(self.cache_bytes + self.workspace_bytes, self.more.packing)
+        return self.total_weight_bytes + self.more.tiles + besides + RESERVE_BYTES
 
     def decode_bytes(self, context: int) -> dict[str, int]:
         """Bytes read for one token after `context` cached ones, by component, cache included."""
@@ -166,17 +174,17 @@ def fit(
     free_bytes: int,
     device: str,
     world_size: int = 1,
-    packing_bytes: int = 0,
+    more: MoreBytes = MoreBytes(),
 ) -> MemoryPlan:
     """The plan for a device with free_bytes; the longest context that fits if none is asked for.
 
-    packing_bytes: see MemoryPlan
+    more: see MemoryPlan
     world_size: devices that share heads and experts; both must divide by it (ValueError)
     Raises DoesNotFitError naming what is needed, what there is and what would fit.
     """
     check_world_size(config, world_size)
     wanted = max_context or config.max_context
-    plan = MemoryPlan(config, weight_bytes, wanted, world_size, packing_bytes=packing_bytes)
+    plan = MemoryPlan(config, weight_bytes, wanted, world_size, more=more)
     if plan.total_bytes <= free_bytes:
         return plan
     longest = longest_context(plan, free_bytes)
@@ -187,7 +195,7 @@ def fit(
         hint = f"a context of {longest} tokens fits: max_context={longest} (--max-context)"
     else:
         hint = (
-            f"weights alone take {gb(plan.total_weight_bytes)}: it needs a device with "
+            f"weights alone take {gb(plan.total_weight_bytes + plan.more.tiles)}: it needs a device with "
             f"{gb(smallest.total_bytes)} free, or device='cpu' (slow)"
         )
     raise DoesNotFitError(

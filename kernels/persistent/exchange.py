@@ -13,7 +13,6 @@ A word is used again in every layer. It is safe because what a program adds in a
 what all programs read in the one before.
 """
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -103,11 +102,17 @@ def wait_for_sums(ptrs, old, count, PACK: gl.constexpr):
     PACK: words that a thread asks for at a time; divides the words it has
     """
     if PACK == 1:
-        words = gl.inline_asm_elementwise(_SUMS_1, _S1, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=1)
+        words = gl.inline_asm_elementwise(
+            _SUMS_1, _S1, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=1
+        )
     elif PACK == 2:
-        words = gl.inline_asm_elementwise(_SUMS_2, _S2, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=2)
+        words = gl.inline_asm_elementwise(
+            _SUMS_2, _S2, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=2
+        )
     else:
-        words = gl.inline_asm_elementwise(_SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4)
+        words = gl.inline_asm_elementwise(
+            _SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4
+        )
     return words
 
 
@@ -116,7 +121,12 @@ def wait_for_sums_if(ptrs, old, count, mask):
     """wait_for_sums by the threads of which mask is set; a word that all programs wait for should
     be asked for by one thread of each."""
     return gl.inline_asm_elementwise(
-        SUM_IF, "=&l,l,l,r", [ptrs, old + count, mask.to(gl.int32)], dtype=gl.int64, is_pure=False, pack=1
+        SUM_IF,
+        "=&l,l,l,r",
+        [ptrs, old + count, mask.to(gl.int32)],
+        dtype=gl.int64,
+        is_pure=False,
+        pack=1,
     )
 
 
@@ -125,7 +135,12 @@ def wait_for_tagged_if(ptrs, tag, mask):
     """wait_for_tagged by the threads of which mask is set."""
     tags = gl.zeros_like(ptrs.to(gl.int64)) + tag
     words = gl.inline_asm_elementwise(
-        TAGGED_IF, "=&l,l,l,r", [ptrs, tags, mask.to(gl.int32)], dtype=gl.int64, is_pure=False, pack=1
+        TAGGED_IF,
+        "=&l,l,l,r",
+        [ptrs, tags, mask.to(gl.int32)],
+        dtype=gl.int64,
+        is_pure=False,
+        pack=1,
     )
     return words.to(gl.int32).to(gl.float32, bitcast=True)
 
@@ -148,9 +163,15 @@ def wait_for_tagged(ptrs, tag, PACK: gl.constexpr):
     """fp32 numbers at ptrs once each has the tag (int32 scalar)."""
     tags = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + tag
     if PACK == 1:
-        bits = gl.inline_asm_elementwise(_TAGGED_1, _T1, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=1)
+        bits = gl.inline_asm_elementwise(
+            _TAGGED_1, _T1, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=1
+        )
     elif PACK == 2:
-        bits = gl.inline_asm_elementwise(_TAGGED_2, _T2, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=2)
+        bits = gl.inline_asm_elementwise(
+            _TAGGED_2, _T2, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=2
+        )
     else:
-        bits = gl.inline_asm_elementwise(_TAGGED_4, _T4, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=4)
+        bits = gl.inline_asm_elementwise(
+            _TAGGED_4, _T4, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=4
+        )
     return bits.to(gl.float32, bitcast=True)

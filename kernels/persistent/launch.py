@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,9 +115,43 @@ def descriptors(weights: StepWeights) -> tuple[TensorDescriptor, ...]:
     return (*dense, *(copied(weights.experts, height) for height in (64, 16, 8)))
 
 
-def launch(sizes: StepSizes, tensors: tuple[Tensor, ...], descs: tuple[TensorDescriptor, ...], trace: Tensor | None = None) -> None:
-    """One step: logits of the token at its position; reads every active weight once."""
-    step_kernel[(sizes.programs,)](
-        *tensors, *descs, trace, S=sizes, E2=padded_experts(sizes), num_warps=8,
-        launch_cooperative_grid=True,
+def launch(
+    sizes: StepSizes,
+    tensors: tuple[Tensor, ...],
+    descs: tuple[TensorDescriptor, ...],
+    trace: Tensor | None = None,
+) -> None:
+    """One step: logits of the token at its position; reads every active weight once.
+
+    tensors, descs:  of arguments() and descriptors()
+    trace:           [programs, L, EVENTS] int64, written: when phases ended, for the time line
+    """
+    step_kernel[(sizes.programs,)](*tensors, *descs, trace, **_options(sizes))
+
+
+def compile_step(sizes: StepSizes, device: torch.device) -> None:
+    """Compile the kernel of these sizes; nothing is launched."""
+    plain = torch.zeros(1 << 16, dtype=torch.uint8, device=device)
+
+    def of(dtype: torch.dtype) -> Tensor:
+        return plain.view(dtype)
+
+    bf16, fp32, int32, int64 = (
+        of(t) for t in (torch.bfloat16, torch.float32, torch.int32, torch.int64)
+    )
+    weights = StepWeights(
+        bf16, plain, plain, bf16, bf16, bf16, fp32, bf16, bf16, fp32, bf16, bf16, bf16, bf16, bf16, fp32
     )  # fmt: skip
+    buffers = StepBuffers(int32, int64, int64)
+    tensors = arguments(weights, buffers, int32, int32, (fp32, fp32), bf16, int64, fp32)
+    descs = descriptors(weights)
+    step_kernel.warmup(*tensors, *descs, None, grid=(sizes.programs,), **_options(sizes))
+
+
+def _options(sizes: StepSizes) -> dict[str, Any]:
+    return {
+        "S": sizes,
+        "E2": padded_experts(sizes),
+        "num_warps": 8,
+        "launch_cooperative_grid": True,
+    }

@@ -33,7 +33,9 @@ def decode_words(words):
     )  # fmt: skip
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     OPERAND: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
-    a0 = gl.join(gl.join(t0, t1), gl.join(t2, t3))  # [warp, row, 4 columns, byte, row + 8, 16 columns]
+    a0 = gl.join(
+        gl.join(t0, t1), gl.join(t2, t3)
+    )  # [warp, row, 4 columns, byte, row + 8, 16 columns]
     a1 = gl.join(gl.join(t4, t5), gl.join(t6, t7))
     a0 = a0.permute([0, 4, 1, 5, 2, 3]).reshape([128, 32]).to(gl.float8e4nv, bitcast=True)
     a1 = a1.permute([0, 4, 1, 5, 2, 3]).reshape([128, 32]).to(gl.float8e4nv, bitcast=True)
@@ -44,8 +46,22 @@ def decode_words(words):
 @gluon.jit
 def _chunk(words, xs, x, zero):
     a0, a1 = decode_words(words)
-    p0 = warpgroup_mma(a0, xs.index(x).permute([1, 0]), zero, use_acc=False, max_num_imprecise_acc=32, is_async=True)
-    p1 = warpgroup_mma(a1, xs.index(x + 1).permute([1, 0]), zero, use_acc=False, max_num_imprecise_acc=32, is_async=True)
+    p0 = warpgroup_mma(
+        a0,
+        xs.index(x).permute([1, 0]),
+        zero,
+        use_acc=False,
+        max_num_imprecise_acc=32,
+        is_async=True,
+    )
+    p1 = warpgroup_mma(
+        a1,
+        xs.index(x + 1).permute([1, 0]),
+        zero,
+        use_acc=False,
+        max_num_imprecise_acc=32,
+        is_async=True,
+    )
     return p0, p1
 
 
@@ -110,17 +126,31 @@ def start_dense(big, small, xs, x, slot, zero, S: gl.constexpr):
     xs: [.., 8, 32 bytes] terms, x: the first group of the slice
     """
     if S.fp8:
-        p = warpgroup_mma(big.index(slot * 4), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True)
-        p = warpgroup_mma(big.index(slot * 4 + 1), xs.index(x + 1).permute([1, 0]), p, is_async=True)
-        p = warpgroup_mma(big.index(slot * 4 + 2), xs.index(x + 2).permute([1, 0]), p, is_async=True)
-        p = warpgroup_mma(big.index(slot * 4 + 3), xs.index(x + 3).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(
+            big.index(slot * 4), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True
+        )
+        p = warpgroup_mma(
+            big.index(slot * 4 + 1), xs.index(x + 1).permute([1, 0]), p, is_async=True
+        )
+        p = warpgroup_mma(
+            big.index(slot * 4 + 2), xs.index(x + 2).permute([1, 0]), p, is_async=True
+        )
+        p = warpgroup_mma(
+            big.index(slot * 4 + 3), xs.index(x + 3).permute([1, 0]), p, is_async=True
+        )
         p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
     else:
-        p = warpgroup_mma(big.index(slot * 8), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True)
+        p = warpgroup_mma(
+            big.index(slot * 8), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True
+        )
         for c in gl.static_range(1, 8):
-            p = warpgroup_mma(big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p, is_async=True)
+            p = warpgroup_mma(
+                big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p, is_async=True
+            )
         p = warpgroup_mma(small.index(slot * 2), xs.index(x + 8).permute([1, 0]), p, is_async=True)
-        p = warpgroup_mma(small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(
+            small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True
+        )
     return p
 
 

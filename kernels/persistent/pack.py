@@ -13,6 +13,10 @@ the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:
           s   E   S   e   e   m   E   M     small: row r; capital: row r + 8 (S E E M)
 """
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -30,6 +34,30 @@ _TILE_CODES = EXPERT_CHUNKS * CHUNK_BYTES
 EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * TILE_ROWS * 4
 
 
+@dataclass(frozen=True)
+class TiledExperts:
+    """One half of a layer's experts in tiles: of each expert gate_up's stand before down's.
+
+    tiles:       [E, tiles of both halves, EXPERT_TILE_BYTES] uint8
+    first_tile:  where this half begins
+    shape:       [E, N, K] of the weights
+    """
+
+    tiles: Tensor
+    first_tile: int
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this half."""
+        return len(self.tiles) * tiles_of(self.shape[1], self.shape[2]) * EXPERT_TILE_BYTES
+
+
+def tiles_of(rows: int, columns: int) -> int:
+    """Tiles of an expert's matrix."""
+    return cdiv(rows, TILE_ROWS) * cdiv(columns, EXPERT_COLUMNS)
+
+
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     """[.., N, K] with zeros behind rows and columns."""
     n, k = matrix.shape[-2:]
@@ -43,7 +71,9 @@ def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
 def _swapped(halves: Tensor) -> Tensor:
     """[.., rows, 2, 16] with the halves of rows exchanged whose bit 2 is set; its own inverse."""
     rows = halves.unflatten(-3, (-1, 2, 4))
-    return torch.stack([rows[..., 0, :, :, :], rows[..., 1, :, :, :].flip(-2)], dim=-4).flatten(-5, -3)
+    return torch.stack([rows[..., 0, :, :, :], rows[..., 1, :, :, :].flip(-2)], dim=-4).flatten(
+        -5, -3
+    )
 
 
 def pack_dense(weight: Tensor, *, by_rows: bool = False) -> Tensor:
@@ -60,10 +90,14 @@ def pack_dense(weight: Tensor, *, by_rows: bool = False) -> Tensor:
     return _swapped(tiles).reshape(blocks * columns, -1)
 
 
-def unpack_dense(tiles: Tensor, rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool = False) -> Tensor:
+def unpack_dense(
+    tiles: Tensor, rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool = False
+) -> Tensor:
     """The matrix [rows, columns] that pack_dense was given."""
     across, down = cdiv(columns, DENSE_COLUMNS), cdiv(rows, TILE_ROWS)
-    halves = _swapped(tiles.view(*((down, across) if by_rows else (across, down)), -1, TILE_ROWS, 2, 16))
+    halves = _swapped(
+        tiles.view(*((down, across) if by_rows else (across, down)), -1, TILE_ROWS, 2, 16)
+    )
     halves = halves.permute(0, 3, 1, 2, 4, 5) if by_rows else halves.permute(1, 3, 0, 2, 4, 5)
     matrix = halves.reshape(down * TILE_ROWS, -1).view(dtype)
     return matrix[:rows, :columns].contiguous()
@@ -86,7 +120,9 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
     del codes, a, b
     # expert, block, warp, row, tile column, chunk, q, c, e -> .. chunk, warp, row, c, q, e
     packed = packed.permute(0, 4, 1, 5, 2, 3, 7, 6, 8).reshape(experts, columns * blocks, -1)
-    out = torch.zeros((experts, columns * blocks, EXPERT_TILE_BYTES), dtype=torch.uint8, device=values.device)
+    out = torch.zeros(
+        (experts, columns * blocks, EXPERT_TILE_BYTES), dtype=torch.uint8, device=values.device
+    )
     out[..., :_TILE_CODES] = packed
     groups = EXPERT_COLUMNS // 32
     scales = padded(scales, blocks * TILE_ROWS, columns * groups)
@@ -100,7 +136,9 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     """Values and scales that pack_experts was given."""
     experts = tiles.shape[0]
     across, down = cdiv(columns, EXPERT_COLUMNS), cdiv(rows, TILE_ROWS)
-    bytes_ = tiles[..., :_TILE_CODES].reshape(experts, across, down, EXPERT_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4)
+    bytes_ = tiles[..., :_TILE_CODES].reshape(
+        experts, across, down, EXPERT_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4
+    )
     a = ((bytes_ >> 4) & 8) | ((bytes_ >> 2) & 7)
     b = ((bytes_ >> 2) & 8) | ((bytes_ >> 4) & 4) | (bytes_ & 3)
     codes = torch.stack([a, b], dim=5)  # expert, column, block, chunk, warp, row + 8, row, c, q, e

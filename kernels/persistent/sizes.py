@@ -7,7 +7,7 @@ the grid has for each column divide the column's tiles among them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TILE_ROWS = 128
 CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
@@ -44,7 +44,7 @@ class StepSizes:
     fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
     programs: int
     dense_slots: int = 5  # tiles of the ring of dense weights
-    expert_slots: int = 5
+    expert_slots: int = 4
     dense_flight: int = 2  # tiles of a ring that are asked for and not there yet
     expert_flight: int = 3
     splits: int = 16  # of the cache of a full layer
@@ -173,3 +173,23 @@ class StepSizes:
     @property
     def heads_per_kv(self) -> int:
         return self.heads // self.kv_heads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program, but for barriers."""
+        rings = self.dense_slots * self.dense_rows + self.expert_slots * (64 + 16 + 8)
+        return rings * ROW_BYTES + 2 * 4096 + 2 * self.most_blocks * TILE_ROWS * 4 + 4096
+
+    @property
+    def head_slices_bytes(self) -> int:
+        """Of the whole vector as the head takes it, which stands where experts' tiles did."""
+        return self.width_columns * (8 if self.fp8 else 16) * 256
+
+    def with_rings(self, shared_bytes: int) -> StepSizes:
+        """The same with as many slots as fit into this much shared memory of a program."""
+        experts = max(4, cdiv(self.head_slices_bytes, 64 * ROW_BYTES))
+        for dense in range(5, 1, -1):
+            sizes = replace(self, dense_slots=dense, expert_slots=experts)
+            if sizes.shared_bytes <= shared_bytes:
+                return sizes
+        raise ValueError(f"a program needs more than {shared_bytes} bytes of shared memory")

@@ -52,7 +52,14 @@ wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier
 def stamp(trace, layer, event: gl.constexpr, S: gl.constexpr):
     """Write the time in ns to trace [programs, layers, EVENTS]."""
     if trace is not None:
-        now = gl.inline_asm_elementwise("mov.u64 $0, %globaltimer; // $1", "=l,r", [layer], dtype=gl.int64, is_pure=False, pack=1)
+        now = gl.inline_asm_elementwise(
+            "mov.u64 $0, %globaltimer; // $1",
+            "=l,r",
+            [layer],
+            dtype=gl.int64,
+            is_pure=False,
+            pack=1,
+        )
         place = (gl.program_id(0) * S.layers + layer) * EVENTS + event
         gl.store(trace + place, now)
 
@@ -130,11 +137,15 @@ def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
         n = _dense_line(desc64, desc16, base, out0, out1, n, big, small, full, empty, S)
     first = S.head_blocks * program // S.programs * S.width_columns
     last = S.head_blocks * (program + 1) // S.programs * S.width_columns
-    _dense_line(desc64, desc16, S.layers * S.layer_tiles, first, last, n, big, small, full, empty, S)
+    _dense_line(
+        desc64, desc16, S.layers * S.layer_tiles, first, last, n, big, small, full, empty, S
+    )
 
 
 @gluon.jit
-def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S: gl.constexpr):
+def _expert_line(
+    desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S: gl.constexpr
+):
     for i in range(first, last):
         slot = n % S.expert_slots
         mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
@@ -150,7 +161,9 @@ def _expert_line(desc64, desc16, desc8, base, first, last, n, big, small, scales
 
 
 @gluon.jit
-def expert_producer(desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr):
+def expert_producer(
+    desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr
+):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     program = gl.program_id(0)
@@ -162,12 +175,25 @@ def expert_producer(desc64, desc16, desc8, big, small, scales, full, empty, chos
         first_tile = layer * S.experts * S.expert_tiles
         place = gl.minimum(up_column // S.gate_up_columns, S.top_k - 1)
         expert = gl.sum(chosen.index(place).load(ONE), 0)
-        base = first_tile + expert * S.expert_tiles + (up_column % S.gate_up_columns) * S.gate_up_blocks
-        n = _expert_line(desc64, desc16, desc8, base, up0, up1, n, big, small, scales, full, empty, S)
+        base = (
+            first_tile
+            + expert * S.expert_tiles
+            + (up_column % S.gate_up_columns) * S.gate_up_blocks
+        )
+        n = _expert_line(
+            desc64, desc16, desc8, base, up0, up1, n, big, small, scales, full, empty, S
+        )
         place = gl.minimum(down_column // S.down_columns, S.top_k - 1)
         expert = gl.sum(chosen.index(place).load(ONE), 0)
-        base = first_tile + expert * S.expert_tiles + S.gate_up_tiles + (down_column % S.down_columns) * S.down_blocks
-        n = _expert_line(desc64, desc16, desc8, base, down0, down1, n, big, small, scales, full, empty, S)
+        base = (
+            first_tile
+            + expert * S.expert_tiles
+            + S.gate_up_tiles
+            + (down_column % S.down_columns) * S.down_blocks
+        )
+        n = _expert_line(
+            desc64, desc16, desc8, base, down0, down1, n, big, small, scales, full, empty, S
+        )
 
 
 # ------------------------------------------------------------------------- slices of the vector
@@ -289,12 +315,23 @@ def _stage_rows(ptr, factor, first, at, rows, S: gl.constexpr):
 
 # ---------------------------------------------------------------------------------- attention
 @gluon.jit
-def _cached(ptr, begin, end, slots, half: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr, C: gl.constexpr):
+def _cached(
+    ptr,
+    begin,
+    end,
+    slots,
+    half: gl.constexpr,
+    WIDTH: gl.constexpr,
+    L: gl.constexpr,
+    C: gl.constexpr,
+):
     """Rows [128, WIDTH] of the cache from position begin on; zeros from end on."""
     s = begin + gl.arange(0, 128, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
     mask = (s < end)[:, None] & (c >= 0)[None, :]
-    return gl.load(ptr + (s % slots)[:, None] * C + (half * WIDTH + c)[None, :], mask=mask, other=0.0)
+    return gl.load(
+        ptr + (s % slots)[:, None] * C + (half * WIDTH + c)[None, :], mask=mask, other=0.0
+    )
 
 
 @gluon.jit
@@ -366,13 +403,32 @@ def wait_for_qkv(sums, kv_head, old_lo, old_hi, layer, S: gl.constexpr):
     count = ((layer + 1) * S.width_columns) & 255
     before = (layer * S.width_columns) & 255
     lo, hi = qkv_words(sums, kv_head, S)
-    while gl.max(gl.max(_lacks(lo, old_lo, count, before) | _lacks(hi, old_hi, count, before), 1), 0) != 0:
+    while (
+        gl.max(gl.max(_lacks(lo, old_lo, count, before) | _lacks(hi, old_hi, count, before), 1), 0)
+        != 0
+    ):
         lo, hi = qkv_words(sums, kv_head, S)
     return sum_of(lo, old_lo), sum_of(hi, old_hi)
 
 
 @gluon.jit
-def _turn(old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs, trace, S: gl.constexpr):
+def _turn(
+    old_lo,
+    old_hi,
+    layer,
+    kv_head,
+    position,
+    tag,
+    squares,
+    qkv,
+    qkv_scale,
+    qkv_bias,
+    cos,
+    sin,
+    qs,
+    trace,
+    S: gl.constexpr,
+):
     """Wait for a kv head's queries, key and value; finish and rotate them; rows of qs, in bf16."""
     C: gl.constexpr = S.head_width
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
@@ -401,7 +457,9 @@ def _turn(old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale
         hi = hi * factor + bias_hi
     turned = (r <= S.heads_per_kv)[:, None]
     qs.slice(0, C // 2, dim=1).store(gl.where(turned, lo * cosine - hi * sine, lo).to(gl.bfloat16))
-    qs.slice(C // 2, C // 2, dim=1).store(gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16))
+    qs.slice(C // 2, C // 2, dim=1).store(
+        gl.where(turned, hi * cosine + lo * sine, hi).to(gl.bfloat16)
+    )
     wait_for_warps()
 
 
@@ -436,16 +494,42 @@ def attend(
         # In the first turn, what earlier tokens left is asked for before this token's is waited for.
         k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
         if s == begin:
-            _turn(old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs, trace, S)
-            rows = qs._reinterpret(gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-            whole = qs._reinterpret(gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+            _turn(
+                old_lo,
+                old_hi,
+                layer,
+                kv_head,
+                position,
+                tag,
+                squares,
+                qkv,
+                qkv_scale,
+                qkv_bias,
+                cos,
+                sin,
+                qs,
+                trace,
+                S,
+            )
+            rows = qs._reinterpret(
+                gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+            )
+            whole = qs._reinterpret(
+                gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+            )
             q_lo = qs.slice(0, C // 2, dim=1).load(A)
             q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
             if split == 0:
                 new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
                 new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
-                own = qs.slice(0, C // 2, dim=1).load(L).to(gl.float32) * new_lo.to(gl.float32)[None, :]
-                own += qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32) * new_hi.to(gl.float32)[None, :]
+                own = (
+                    qs.slice(0, C // 2, dim=1).load(L).to(gl.float32)
+                    * new_lo.to(gl.float32)[None, :]
+                )
+                own += (
+                    qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32)
+                    * new_hi.to(gl.float32)[None, :]
+                )
                 biggest = gl.convert_layout(gl.sum(own, 1) * scale, gl.SliceLayout(1, MMA))
                 total = total + 1.0
                 value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
@@ -501,7 +585,19 @@ def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr)
 
 # -------------------------------------------------------------------------------------- router
 @gluon.jit
-def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, squares, S: gl.constexpr, E2: gl.constexpr):
+def route_part(
+    program,
+    layer,
+    x_ptr,
+    norm_ptr,
+    router,
+    count,
+    tag,
+    sums,
+    squares,
+    S: gl.constexpr,
+    E2: gl.constexpr,
+):
     """128 columns of the router: their part of all experts' logits, and their squares."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     e = gl.arange(0, E2, layout=gl.SliceLayout(1, L))
@@ -509,7 +605,11 @@ def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, square
     k = program * 128 + i
     inside = k < S.width
     row = gl.minimum(e, S.experts - 1)
-    w = gl.load(router + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 128 + i[None, :])
+    w = gl.load(
+        router
+        + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 128
+        + i[None, :]
+    )
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
@@ -518,7 +618,12 @@ def route_part(program, layer, x_ptr, norm_ptr, router, count, tag, sums, square
     add_to_sums(sums + row, z, 1, e < S.experts)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     one = gl.arange(0, 1, layout=ONE)
-    publish(squares + program + one, gl.zeros([1], gl.float32, layout=ONE) + gl.sum(x * x, 0), tag, one == 0)
+    publish(
+        squares + program + one,
+        gl.zeros([1], gl.float32, layout=ONE) + gl.sum(x * x, 0),
+        tag,
+        one == 0,
+    )
 
 
 @gluon.jit
@@ -535,7 +640,9 @@ def choose(layer, bias, old, tag, sums, squares, shared, S: gl.constexpr, E2: gl
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
     i = gl.arange(0, 256, layout=ALL)
-    words = wait_for_sums_if(sums + gl.minimum(i, S.experts - 1), old, S.router_programs, i < S.experts)
+    words = wait_for_sums_if(
+        sums + gl.minimum(i, S.experts - 1), old, S.router_programs, i < S.experts
+    )
     part = gl.minimum(gl.maximum(i - 128, 0), S.router_programs - 1)
     found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
     shared.store(gl.where(i < 128, sum_of(words, old), found))
@@ -568,7 +675,9 @@ def choose(layer, bias, old, tag, sums, squares, shared, S: gl.constexpr, E2: gl
 @gluon.jit
 def pick(place, four):
     """One of four scalars."""
-    return gl.where(place == 0, four[0], gl.where(place == 1, four[1], gl.where(place == 2, four[2], four[3])))
+    return gl.where(
+        place == 0, four[0], gl.where(place == 1, four[1], gl.where(place == 2, four[2], four[3]))
+    )
 
 
 # ------------------------------------------------------------------------------- tiles of phases
@@ -580,7 +689,9 @@ def _wait_full(full, n, slots: gl.constexpr):
 
 
 @gluon.jit
-def _dense_tiles(first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr):
+def _dense_tiles(
+    first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr
+):
     """Add tiles of one column to sums; rows' scales and biases as staged, or neither if plain."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -601,7 +712,24 @@ def _dense_tiles(first, last, n, unscale, plain, big, small, xs, x, full, empty,
 
 
 @gluon.jit
-def _expert_tiles(first, last, n, unscale, mixing, plain, big, small, scales, xs, x, full, empty, rows, sums, S: gl.constexpr):
+def _expert_tiles(
+    first,
+    last,
+    n,
+    unscale,
+    mixing,
+    plain,
+    big,
+    small,
+    scales,
+    xs,
+    x,
+    full,
+    empty,
+    rows,
+    sums,
+    S: gl.constexpr,
+):
     """Add tiles of one column to sums, times the expert's weight; biases as staged unless plain."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -620,7 +748,22 @@ def _expert_tiles(first, last, n, unscale, mixing, plain, big, small, scales, xs
 
 
 @gluon.jit
-def _head(n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty, scale_ptr, logits, S: gl.constexpr):
+def _head(
+    n,
+    x_ptr,
+    norm_ptr,
+    count,
+    store,
+    hscale,
+    big,
+    small,
+    xs,
+    full,
+    empty,
+    scale_ptr,
+    logits,
+    S: gl.constexpr,
+):
     """Logits: the whole residual times this program's blocks of rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
@@ -636,7 +779,9 @@ def _head(n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty,
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     program = gl.program_id(0)
-    for block in range(S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs):
+    for block in range(
+        S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs
+    ):
         row = block * 128 + lane
         safe = gl.minimum(row, S.vocabulary - 1)
         if S.fp8:
@@ -712,7 +857,7 @@ def consumer(
         xstore = xs._reinterpret(gl.bfloat16, [2, 16, 8, 16], SWIZZLED16_3)
         xh = ebig._reinterpret(gl.bfloat16, [S.width_columns * 16, 8, 16], SWIZZLED16)
         hstore = ebig._reinterpret(gl.bfloat16, [S.width_columns, 16, 8, 16], SWIZZLED16_3)
-        STORE: gl.constexpr = 1
+        STORE: gl.constexpr = 1  # type: ignore[no-redef]
     xe = xs._reinterpret(gl.float8e4nv, [32, 8, 32], SWIZZLED8)
     estore = xs._reinterpret(gl.float8e4nv, [2, 16, 8, 32], SWIZZLED8_3)
     wbig = ebig._reinterpret(gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
@@ -720,7 +865,9 @@ def consumer(
     wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
 
     ROWS: gl.constexpr = S.most_blocks
-    staged = rows._reinterpret(gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0]))
+    staged = rows._reinterpret(
+        gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
+    )
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
@@ -785,7 +932,9 @@ def consumer(
             unscale = 1.0
             if first < last:
                 if half == 0:
-                    g, x, ss = _residual_slice(residual, norms + layer * S.width, count, qkv_column, S)
+                    g, x, ss = _residual_slice(
+                        residual, norms + layer * S.width, count, qkv_column, S
+                    )
                     if first == 0:
                         PER: gl.constexpr = 160 // S.group
                         publish(squares + qkv_column * PER + g, ss, tag, g < PER)
@@ -802,7 +951,22 @@ def consumer(
             else:
                 stamp(trace, layer, 7, S)
             sums_at = residual + gl.where(half == 0, QKV, 0)
-            dn = _dense_tiles(first, last, dn, unscale, half == 0, big, small, xd, half * 16, dfull, dempty, rows, sums_at, S)
+            dn = _dense_tiles(
+                first,
+                last,
+                dn,
+                unscale,
+                half == 0,
+                big,
+                small,
+                xd,
+                half * 16,
+                dfull,
+                dempty,
+                rows,
+                sums_at,
+                S,
+            )
             if half == 0:
                 stamp(trace, layer, 3, S)
             else:
@@ -810,32 +974,73 @@ def consumer(
         count += S.out_columns
         # ---- router
         if program < S.router_programs:
-            route_part(program, layer, residual, moe_norms + layer * S.width, router, count, tag, router_sums, router_squares, S, E2)
+            route_part(
+                program,
+                layer,
+                residual,
+                moe_norms + layer * S.width,
+                router,
+                count,
+                tag,
+                router_sums,
+                router_squares,
+                S,
+                E2,
+            )
         stamp(trace, layer, 10, S)
         # ---- gate_up, then down
         for half in range(2):
-            up_column, up0, up1 = share(anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
-            down_column, down0, down1 = share(anew(program), S.top_k * S.down_columns, S.down_blocks, S)
+            up_column, up0, up1 = share(
+                anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S
+            )
+            down_column, down0, down1 = share(
+                anew(program), S.top_k * S.down_columns, S.down_blocks, S
+            )
             first = gl.where(half == 0, up0, down0)
             last = gl.where(half == 0, up1, down1)
-            place = gl.where(half == 0, up_column // S.gate_up_columns, down_column // S.down_columns)
+            place = gl.where(
+                half == 0, up_column // S.gate_up_columns, down_column // S.down_columns
+            )
             place = gl.minimum(place, S.top_k - 1)
             unscale = 1.0
             if first < last:
                 if half == 0:
-                    x = _gate_up_slice(residual, moe_norms + layer * S.width, count, up_column % S.gate_up_columns, S)
+                    x = _gate_up_slice(
+                        residual,
+                        moe_norms + layer * S.width,
+                        count,
+                        up_column % S.gate_up_columns,
+                        S,
+                    )
                 else:
                     column = down_column % S.down_columns
                     expert = layer.to(gl.int64) * S.experts + pick(place, ids)
-                    _stage_rows(down_bias + expert * S.width, gl.where(column == 0, 1.0, 0.0), first, 0, staged, S)
+                    _stage_rows(
+                        down_bias + expert * S.width,
+                        gl.where(column == 0, 1.0, 0.0),
+                        first,
+                        0,
+                        staged,
+                        S,
+                    )
                     at = gate_up + place * (S.gate_up_blocks * 128)
-                    x, old_gate, old_up = _down_slice(at, gate_up_bias + expert * (2 * S.hidden), old_gate, old_up, factor, column, S)
+                    x, old_gate, old_up = _down_slice(
+                        at,
+                        gate_up_bias + expert * (2 * S.hidden),
+                        old_gate,
+                        old_up,
+                        factor,
+                        column,
+                        S,
+                    )
                 x, unscale = _scaled(x)
                 store_fp8_terms(x, estore.index(half), 16)
                 unscale *= 64.0
             if half == 0:
                 stamp(trace, layer, 11, S)
-                ids, mixing, factor, old_router = choose(layer, router_bias, old_router, tag, router_sums, router_squares, numbers, S, E2)
+                ids, mixing, factor, old_router = choose(
+                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers, S, E2
+                )
                 for j in gl.static_range(4):
                     chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
                 mbarrier.arrive(routed.index(0), count=1)
@@ -850,13 +1055,45 @@ def consumer(
                 stamp(trace, layer, 16, S)
             sums_at = residual + gl.where(half == 0, GATE_UP + place * (S.gate_up_blocks * 128), 0)
             weight = gl.where(half == 0, 1.0, pick(place, mixing))
-            en = _expert_tiles(first, last, en, unscale, weight, half == 0, wbig, wsmall, wscales, xe, half * 16, efull, eempty, rows, sums_at, S)
+            en = _expert_tiles(
+                first,
+                last,
+                en,
+                unscale,
+                weight,
+                half == 0,
+                wbig,
+                wsmall,
+                wscales,
+                xe,
+                half * 16,
+                efull,
+                eempty,
+                rows,
+                sums_at,
+                S,
+            )
             if half == 0:
                 stamp(trace, layer, 15, S)
             else:
                 stamp(trace, layer, 18, S)
         count += S.top_k * S.down_columns
-    _head(dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale, logits, S)
+    _head(
+        dn,
+        residual,
+        final_norm,
+        count,
+        hstore,
+        hscale,
+        big,
+        small,
+        xh,
+        dfull,
+        dempty,
+        head_scale,
+        logits,
+        S,
+    )
     if program == 0:
         gl.store(counter, launch + 1)
 

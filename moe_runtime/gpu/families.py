@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from loaders.names.table import LoadPlan
+from loaders.weights import Relayout
 from moe_runtime.gpu import deepseek, deepseek_parts, gpt_oss
 from moe_runtime.gpu.captured_step import CapturedStep
 from moe_runtime.gpu.step_parts import StepParts
 from moe_runtime.models.reference_model import Weights
+from moe_runtime.plan import MoreBytes
 from quant.formats import QuantFormat
 
 
@@ -67,12 +69,18 @@ class GpuFamily:
 
     formats: what decides which kernels a model launches, from its headers; raises
              UnsupportedModelError for a weight in a format that the kernels do not read
+    relayout: of config, formats and device: weights that are laid out anew while they are loaded
+    more_bytes: of config, formats, device and dense format: what that takes
+    slower_because: of config, formats and device: why a slower path is taken; None if none is
     """
 
     formats: Callable[[LoadPlan], tuple[Any, ...]]
     assemble: Assemble
     compile: CompileKernels
     parts: StepParts | None = None  # None: its step cannot be measured by component
+    relayout: Callable[..., Relayout | None] = lambda *_: None
+    more_bytes: Callable[..., MoreBytes] = lambda *_: MoreBytes()
+    slower_because: Callable[..., str | None] = lambda *_: None
 
 
 _DEEPSEEK = GpuFamily(
@@ -87,6 +95,9 @@ GPU_FAMILIES: Mapping[str, GpuFamily] = {
         gpt_oss.assemble,
         gpt_oss.compile_kernels,
         StepParts(gpt_oss.components, gpt_oss.read_bytes),
+        gpt_oss.relayout,
+        gpt_oss.more_bytes,
+        gpt_oss.slower_because,
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -8,15 +8,19 @@ from dataclasses import replace
 import torch
 
 from kernels.packed_vector import takes_digits
+from kernels.persistent.pack import TiledExperts
 from kernels.reference.rope_kv import rope_table
 from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan, PlannedWeight
+from loaders.weights import Relayout
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import DecodeStep, LayerWeights, ModelWeights, zero_weights
+from moe_runtime.gpu import persistent
+from moe_runtime.gpu.captured_step import CapturedStep
 from moe_runtime.gpu.step_parts import address
 from moe_runtime.models.reference_model import Weights
-from moe_runtime.plan import PREFILL_CHUNK
+from moe_runtime.plan import PREFILL_CHUNK, MoreBytes
 from moe_runtime.prefill import Prefill
 from quant.formats import BF16, MXFP4, QuantFormat
 
@@ -63,14 +67,50 @@ def assemble(
     max_context: int,
     device: torch.device,
     cache_dtype: torch.dtype,
-) -> tuple[DecodeStep, Prefill]:
+) -> tuple[CapturedStep, Prefill]:
     """See gpu.families.Assemble."""
     model = ModelWeights.from_named(weights, config)
     cache = KVCache.allocate(config, max_context, device, cache_dtype)
     positions = torch.arange(max_context, device=device)
     rope = rope_table(config.rope, config.head_width, positions)
-    step = DecodeStep(config, model, cache, rope, max_context)
+    tiled = isinstance(model.layers[0].gate_up, TiledExperts)
+    make = persistent.PersistentStep if tiled else DecodeStep
+    step = make(config, model, cache, rope, max_context)
     return step, Prefill(config, model, cache, rope, min(PREFILL_CHUNK, max_context))
+
+
+def relayout(
+    config: ModelConfig,
+    formats: Iterable[tuple[QuantFormat, QuantFormat]],
+    device: torch.device,
+) -> Relayout | None:
+    """See gpu.families.GpuFamily.relayout."""
+    if persistent.why_not(config, formats, device) is not None:
+        return None
+    return persistent.relayout(config, device)
+
+
+def more_bytes(
+    config: ModelConfig,
+    formats: Iterable[tuple[QuantFormat, QuantFormat]],
+    device: torch.device,
+    dense_format: QuantFormat | None,
+) -> MoreBytes:
+    """See gpu.families.GpuFamily.more_bytes."""
+    if persistent.why_not(config, formats, device) is not None:
+        return MoreBytes()
+    fp8 = dense_format is not None
+    return MoreBytes(persistent.tile_bytes(config, fp8=fp8), persistent.packing_bytes(config))
+
+
+def slower_because(
+    config: ModelConfig,
+    formats: Iterable[tuple[QuantFormat, QuantFormat]],
+    device: torch.device,
+) -> str | None:
+    """See gpu.families.GpuFamily.slower_because."""
+    reason = persistent.why_not(config, formats, device)
+    return reason and f"decoding with a chain of kernels, not with one: {reason}"
 
 
 def compile_kernels(
@@ -91,11 +131,20 @@ def compile_kernels(
     small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
     cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
     rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
-    for pair in formats:
+    in_one = persistent.why_not(config, formats, device) is None
+    if in_one:
+        persistent.compile_persistent(config, device, fp8=dense_format is not None)
+    for pair in (None,) if in_one else formats:
         weights = zero_weights(small, device, pair, dense_format)
-        step = DecodeStep(small, weights, cache, rope, max_context)
-        for filtered in (False, True):
-            step.step(filtered=filtered)
+        step: CapturedStep
+        if in_one:
+            step = persistent.Draw(small, weights, max_context)
+            for filtered in (False, True):
+                step.sample_residual(filtered=filtered)
+        else:
+            step = DecodeStep(small, weights, cache, rope, max_context)
+            for filtered in (False, True):
+                step.step(filtered=filtered)
         prefill = Prefill(small, weights, cache, rope, min(PREFILL_CHUNK, max_context))
         for length in prefill.warm_up_lengths():
             for residual_TD in prefill.run(torch.zeros(length, dtype=torch.int64, device=device)):

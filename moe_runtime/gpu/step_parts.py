@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from kernels.persistent.pack import TiledExperts
 from quant.tensor import QuantTensor
 
 
@@ -24,7 +25,9 @@ class StepParts:
     read_bytes: Callable[[Mapping[str, int], Any, int], dict[str, int]]
 
 
-def address(weight: Tensor | QuantTensor) -> int:
+def address(weight: Tensor | QuantTensor | TiledExperts) -> int:
     """Where a weight's values begin, as launches name it."""
+    if isinstance(weight, TiledExperts):
+        return weight.tiles.data_ptr()
     values = weight.values if isinstance(weight, QuantTensor) else weight
     return values.data_ptr()

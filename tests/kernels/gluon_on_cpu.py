@@ -172,7 +172,9 @@ class Shared:
     def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
         seen = Shared(self.data, dtype, shape, layout)
         assert np.prod(seen.shape) * seen.dtype.itemsize <= self.data.size, (shape, self.shape)
-        return Shared(self.data[: int(np.prod(seen.shape)) * seen.dtype.itemsize], dtype, shape, layout)
+        return Shared(
+            self.data[: int(np.prod(seen.shape)) * seen.dtype.itemsize], dtype, shape, layout
+        )
 
     def permute(self, order: list[int]) -> Shared:
         assert order == [1, 0]
@@ -429,7 +431,9 @@ class Emulated:
     def atomic_add(self, ptr: Pointer, value: Any, mask: Any = None, **kwargs: Any) -> None:
         self._write(ptr, value, mask, add=True)
 
-    def inline_asm_elementwise(self, asm: str, constraints: str, args: list[Any], **kwargs: Any) -> Any:
+    def inline_asm_elementwise(
+        self, asm: str, constraints: str, args: list[Any], **kwargs: Any
+    ) -> Any:
         return self.inline_asm[asm](*args)
 
     def allocate_shared_memory(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
@@ -448,11 +452,13 @@ class Emulated:
             _place.program, _place.programs = place
             try:
                 function(*args)
-            except BaseException as error:  # noqa: BLE001
+            except BaseException as error:
                 _watch.error = _watch.error or error
 
         threads = [
-            threading.Thread(target=body, args=part, name=f"{part[0].__name__} of {place[0]}", daemon=True)
+            threading.Thread(
+                target=body, args=part, name=f"{part[0].__name__} of {place[0]}", daemon=True
+            )
             for part in partitions
         ]
         for thread in threads:
@@ -477,13 +483,19 @@ class Emulated:
         )
         stand_ins = {
             "triton": types.SimpleNamespace(),
-            "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=lambda f: f)),
+            "triton.experimental": types.SimpleNamespace(
+                gluon=types.SimpleNamespace(jit=lambda f: f)
+            ),
             "triton.experimental.gluon": types.SimpleNamespace(language=self, jit=lambda f: f),
-            "triton.experimental.gluon.language.nvidia.ampere": types.SimpleNamespace(mma_v2=mma_v2),
+            "triton.experimental.gluon.language.nvidia.ampere": types.SimpleNamespace(
+                mma_v2=mma_v2
+            ),
             "triton.experimental.gluon.language.nvidia.hopper": hopper,
         }
 
-        def imported(what: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0) -> Any:
+        def imported(
+            what: str, scope: Any = None, local: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:
             if what in stand_ins:
                 return stand_ins[what]
             if what.startswith("kernels.persistent"):
@@ -522,7 +534,7 @@ def launch(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:
         _place.program, _place.programs = program, programs
         try:
             kernel(*args)
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             _watch.error = _watch.error or error
 
     threads = [threading.Thread(target=body, args=(i,), daemon=True) for i in range(programs)]

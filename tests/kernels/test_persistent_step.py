@@ -1,12 +1,10 @@
 """The persistent step on a CPU against the twins of the step of several kernels."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
-from kernels.persistent.launch import StepBuffers, arguments, padded_experts
+from kernels.persistent.launch import arguments, padded_experts
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import expected_logits, step_model
@@ -72,7 +70,10 @@ def kernel():
     emulated = Emulated({})
     module = emulated.load_module("kernels.persistent.step")
     emulated.inline_asm = handlers(
-        [emulated.load_module(f"kernels.persistent.{name}") for name in ("exchange", "multiply", "step")]
+        [
+            emulated.load_module(f"kernels.persistent.{name}")
+            for name in ("exchange", "multiply", "step")
+        ]
     )
     return module.step_kernel
 

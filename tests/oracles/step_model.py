@@ -10,9 +10,6 @@ from torch import Tensor
 from kernels.persistent.launch import StepBuffers, StepWeights, pack_router
 from kernels.persistent.pack import pack_dense, pack_experts
 from kernels.persistent.sizes import StepSizes
-from kernels.reference import gemv as gemv_twin
-from kernels.reference.sink_attention_decode import sink_attention_decode
-from kernels.reference.rope_kv import rope_table
 from quant.codecs import decode, encode
 from quant.formats import FP8_ROW, MXFP4
 from quant.tensor import QuantTensor
@@ -39,7 +36,9 @@ class StepModel:
     slots: list[int]
 
 
-def step_model(sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", context: int = 512, seed: int = 0) -> StepModel:
+def step_model(
+    sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", context: int = 512, seed: int = 0
+) -> StepModel:
     s = replace(sizes, fp8=fp8)
     torch.manual_seed(seed)
 
@@ -51,8 +50,12 @@ def step_model(sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", conte
         return encode(plain, FP8_ROW) if fp8 else plain
 
     def experts(rows: int, columns: int) -> QuantTensor:
-        values = torch.randint(0, 256, (s.experts, rows, columns // 2), device=device, dtype=torch.uint8)
-        scales = torch.randint(120, 123, (s.experts, rows, columns // 32), device=device, dtype=torch.uint8)
+        values = torch.randint(
+            0, 256, (s.experts, rows, columns // 2), device=device, dtype=torch.uint8
+        )
+        scales = torch.randint(
+            120, 123, (s.experts, rows, columns // 32), device=device, dtype=torch.uint8
+        )
         return QuantTensor(values, scales, MXFP4, (s.experts, rows, columns))
 
     layers = []
@@ -76,7 +79,10 @@ def step_model(sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", conte
         table.append([at // 64, (at + n) // 64, slots[i], int(i % 2 == 0)])
         at += 2 * n
     half = s.head_width // 2
-    angle = torch.arange(context, device=device)[:, None] * 0.3 ** torch.arange(half, device=device)[None, :]
+    angle = (
+        torch.arange(context, device=device)[:, None]
+        * 0.3 ** torch.arange(half, device=device)[None, :]
+    )
     return StepModel(
         s, layers, embedding, head, final_norm, step_weights(s, layers, embedding, head, final_norm),
         StepBuffers.allocate(s, torch.device(device)), (angle.cos(), angle.sin()), cache,
@@ -124,8 +130,15 @@ def expected_logits(model: StepModel, position: int, token: int = 17) -> Tensor:
         qkv = plain(w["qkv"]) @ normed + w["qkv_bias"].float()
         at = int(model.table[i, 0]) * 64
         n = s.kv_heads * model.slots[i] * s.head_width
-        k, v = (model.cache[at + j * n : at + (j + 1) * n].view(s.kv_heads, -1, s.head_width).clone() for j in (0, 1))
-        x = x + plain(w["out"]) @ _attend(s, qkv, model.rope, k, v, w["sinks"], position, i % 2 == 0) + w["out_bias"].float()
+        k, v = (
+            model.cache[at + j * n : at + (j + 1) * n].view(s.kv_heads, -1, s.head_width).clone()
+            for j in (0, 1)
+        )
+        x = (
+            x
+            + plain(w["out"]) @ _attend(s, qkv, model.rope, k, v, w["sinks"], position, i % 2 == 0)
+            + w["out_bias"].float()
+        )
         normed = x * torch.rsqrt(x.square().mean() + s.eps) * w["moe_norm"].float()
         best = (w["router"].float() @ normed + w["router_bias"].float()).topk(4)
         mixing = best.values.softmax(0)
