@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.moe_routing import Routing
 from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts
-from kernels.persistent.sizes import EXPERT_CHUNKS, TILE_ROWS
+from kernels.persistent.sizes import PIECE_CHUNKS, TILE_ROWS
 from kernels.swiglu import Swiglu, swiglu
 from kernels.weight_formats import (
     as_words,
@@ -332,7 +332,7 @@ def _launch(
         PAIRS_PER_ROW=pairs_per_row,
         **formats,
         TILE_BYTES=EXPERT_TILE_BYTES,
-        CHUNKS=EXPERT_CHUNKS,
+        CHUNKS=PIECE_CHUNKS,
         SWIGLU=activation is not None,
         GATE_STEP=step,
         TO_UP=to_up,

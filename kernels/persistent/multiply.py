@@ -119,45 +119,23 @@ def expert_tile(big, small, scales, xs, x, slot, zero):
 
 
 @gluon.jit
-def start_dense(big, small, xs, x, slot, zero, S: gl.constexpr):
-    """Start the sums [128, 8] of one dense tile: 160 columns in FP8 (5 chunks) or bf16 (10).
+def dense_pieces(p, big, small, xs, x, slot, slot2, FIRST: gl.constexpr):
+    """Two pieces of a dense tile, five chunks each, added to the sums p [128, 8].
 
-    big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 3 (and 4 to 7) stand in big
-    xs: [.., 8, 32 bytes] terms, x: the first group of the slice
+    big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 3 of a slot stand in big
+    xs: [.., 8, 32 bytes] terms, x: the first group of the slice that is multiplied
+    FIRST: whether p is nothing yet
     """
-    if S.fp8:
+    for c in gl.static_range(4):
         p = warpgroup_mma(
-            big.index(slot * 4), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True
-        )
-        p = warpgroup_mma(
-            big.index(slot * 4 + 1), xs.index(x + 1).permute([1, 0]), p, is_async=True
-        )
-        p = warpgroup_mma(
-            big.index(slot * 4 + 2), xs.index(x + 2).permute([1, 0]), p, is_async=True
-        )
-        p = warpgroup_mma(
-            big.index(slot * 4 + 3), xs.index(x + 3).permute([1, 0]), p, is_async=True
-        )
-        p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
-    else:
-        p = warpgroup_mma(
-            big.index(slot * 8), xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True
-        )
-        for c in gl.static_range(1, 8):
-            p = warpgroup_mma(
-                big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p, is_async=True
-            )
-        p = warpgroup_mma(small.index(slot * 2), xs.index(x + 8).permute([1, 0]), p, is_async=True)
-        p = warpgroup_mma(
-            small.index(slot * 2 + 1), xs.index(x + 9).permute([1, 0]), p, is_async=True
-        )
-    return p
-
-
-@gluon.jit
-def dense_tile(big, small, xs, x, slot, zero, S: gl.constexpr):
-    """Sums [128, 8] of one dense tile."""
-    return warpgroup_mma_wait(0, deps=[start_dense(big, small, xs, x, slot, zero, S)])
+            big.index(slot * 4 + c), xs.index(x + c).permute([1, 0]), p,
+            use_acc=not (FIRST and c == 0), is_async=True,
+        )  # fmt: skip
+    p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
+    for c in gl.static_range(4):
+        p = warpgroup_mma(big.index(slot2 * 4 + c), xs.index(x + 5 + c).permute([1, 0]), p, is_async=True)
+    p = warpgroup_mma(small.index(slot2), xs.index(x + 9).permute([1, 0]), p, is_async=True)
+    return warpgroup_mma_wait(0, deps=[p])
 
 
 @gluon.jit

@@ -1,6 +1,6 @@
 """Weights laid out for the persistent step: tiles in the order in which they are multiplied.
 
-    dense    128 rows x 160 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16), a
+    dense    128 rows x 320 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16), a
              row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
     experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words of
@@ -22,15 +22,14 @@ from torch import Tensor
 
 from kernels.persistent.sizes import (
     CHUNK_BYTES,
-    DENSE_COLUMNS,
-    EXPERT_CHUNKS,
-    EXPERT_COLUMNS,
+    PIECE_CHUNKS,
     SCALE_WORDS,
+    TILE_COLUMNS,
     TILE_ROWS,
     cdiv,
 )
 
-_TILE_CODES = EXPERT_CHUNKS * CHUNK_BYTES
+_TILE_CODES = PIECE_CHUNKS * CHUNK_BYTES
 EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * TILE_ROWS * 4
 
 
@@ -55,7 +54,7 @@ class TiledExperts:
 
 def tiles_of(rows: int, columns: int) -> int:
     """Tiles of an expert's matrix."""
-    return cdiv(rows, TILE_ROWS) * cdiv(columns, EXPERT_COLUMNS)
+    return cdiv(rows, TILE_ROWS) * cdiv(columns, TILE_COLUMNS)
 
 
 def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
@@ -82,10 +81,10 @@ def pack_dense(weight: Tensor, *, by_rows: bool = False) -> Tensor:
     by_rows: blocks of rows one after the other, as the head is read; else columns of tiles
     """
     size = weight.element_size()
-    columns, blocks = cdiv(weight.shape[1], DENSE_COLUMNS), cdiv(weight.shape[0], TILE_ROWS)
+    columns, blocks = cdiv(weight.shape[1], TILE_COLUMNS), cdiv(weight.shape[0], TILE_ROWS)
     raw = weight.contiguous().view(torch.uint8)
-    raw = padded(raw, blocks * TILE_ROWS, columns * DENSE_COLUMNS * size)
-    tiles = raw.view(blocks, TILE_ROWS, columns, DENSE_COLUMNS * size // 32, 2, 16)
+    raw = padded(raw, blocks * TILE_ROWS, columns * TILE_COLUMNS * size)
+    tiles = raw.view(blocks, TILE_ROWS, columns, TILE_COLUMNS * size // 32, 2, 16)
     tiles = tiles.permute(0, 2, 3, 1, 4, 5) if by_rows else tiles.permute(2, 0, 3, 1, 4, 5)
     return _swapped(tiles).reshape(blocks * columns, -1)
 
@@ -94,7 +93,7 @@ def unpack_dense(
     tiles: Tensor, rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool = False
 ) -> Tensor:
     """The matrix [rows, columns] that pack_dense was given."""
-    across, down = cdiv(columns, DENSE_COLUMNS), cdiv(rows, TILE_ROWS)
+    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
     halves = _swapped(
         tiles.view(*((down, across) if by_rows else (across, down)), -1, TILE_ROWS, 2, 16)
     )
@@ -110,11 +109,11 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
     scales:  [E, N, K / 32] uint8 E8M0
     """
     experts, rows, half = values.shape
-    columns, blocks = cdiv(2 * half, EXPERT_COLUMNS), cdiv(rows, TILE_ROWS)
-    values = padded(values, blocks * TILE_ROWS, columns * EXPERT_COLUMNS // 2)
+    columns, blocks = cdiv(2 * half, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
+    values = padded(values, blocks * TILE_ROWS, columns * TILE_COLUMNS // 2)
     codes = torch.stack([values & 15, values >> 4], dim=-1)
     # expert, block, warp, row + 8, row, column of tiles, chunk, q, c, e
-    codes = codes.view(experts, blocks, TILE_ROWS // 16, 2, 8, columns, EXPERT_CHUNKS, 4, 4, 4)
+    codes = codes.view(experts, blocks, TILE_ROWS // 16, 2, 8, columns, PIECE_CHUNKS, 4, 4, 4)
     a, b = codes.unbind(3)
     packed = ((a & 8) << 4) | ((a & 7) << 2) | ((b & 8) << 2) | ((b & 4) << 4) | (b & 3)
     del codes, a, b
@@ -124,7 +123,7 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
         (experts, columns * blocks, EXPERT_TILE_BYTES), dtype=torch.uint8, device=values.device
     )
     out[..., :_TILE_CODES] = packed
-    groups = EXPERT_COLUMNS // 32
+    groups = TILE_COLUMNS // 32
     scales = padded(scales, blocks * TILE_ROWS, columns * groups)
     scales = scales.view(experts, blocks, TILE_ROWS, columns, groups).permute(0, 3, 1, 2, 4)
     words = padded(scales, TILE_ROWS, SCALE_WORDS * 4).unflatten(-1, (SCALE_WORDS, 4))
@@ -135,9 +134,9 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
 def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """Values and scales that pack_experts was given."""
     experts = tiles.shape[0]
-    across, down = cdiv(columns, EXPERT_COLUMNS), cdiv(rows, TILE_ROWS)
+    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
     bytes_ = tiles[..., :_TILE_CODES].reshape(
-        experts, across, down, EXPERT_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4
+        experts, across, down, PIECE_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4
     )
     a = ((bytes_ >> 4) & 8) | ((bytes_ >> 2) & 7)
     b = ((bytes_ >> 2) & 8) | ((bytes_ >> 4) & 4) | (bytes_ & 3)
@@ -145,6 +144,6 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     codes = codes.permute(0, 2, 4, 5, 6, 1, 3, 8, 7, 9).reshape(experts, down * TILE_ROWS, -1, 2)
     values = (codes[..., 0] | (codes[..., 1] << 4))[:, :rows, : columns // 2]
     words = tiles[..., _TILE_CODES:].reshape(experts, across, down, SCALE_WORDS, TILE_ROWS, 4)
-    scales = words.movedim(3, 4).flatten(-2)[..., : EXPERT_COLUMNS // 32]
+    scales = words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32]
     scales = scales.permute(0, 2, 3, 1, 4).reshape(experts, down * TILE_ROWS, -1)
     return values.contiguous(), scales[:, :rows, : columns // 32].contiguous()

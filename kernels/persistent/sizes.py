@@ -1,6 +1,6 @@
 """The persistent decode step's sizes: what is computed at load and what the kernel is built for.
 
-A weight matrix is cut into tiles of TILE_ROWS rows and a fixed number of columns. In a phase, a
+A weight matrix is cut into tiles of TILE_ROWS rows and TILE_COLUMNS columns. In a phase, a
 program has tiles of one column of tiles, so it needs one slice of the vector; as many programs as
 the grid has for each column divide the column's tiles among them.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 TILE_ROWS = 128
+TILE_COLUMNS = 320
 CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
-DENSE_COLUMNS = 160  # of a dense tile: 5 chunks in FP8, 10 in bf16
-EXPERT_CHUNKS = 5
-EXPERT_COLUMNS = 64 * EXPERT_CHUNKS  # of an expert's tile in 4 bits
+PIECE_CHUNKS = 5  # of a slot of a ring: an expert's tile, half a tile in FP8, a quarter in bf16
 SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
 ROW_BYTES = 256  # in which tiles are counted
+PIECE_ROWS = PIECE_CHUNKS * CHUNK_BYTES // ROW_BYTES
+EXPERT_ROWS = PIECE_ROWS + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES  # of an expert's tile
 ROUTER_COLUMNS = 128  # of the vector that one program of the router takes
 
 
@@ -43,10 +44,11 @@ class StepSizes:
     alpha: float
     fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
     programs: int
-    dense_slots: int = 5  # tiles of the ring of dense weights
+    dense_slots: int = 5  # pieces of the ring of dense weights
     expert_slots: int = 4
     dense_flight: int = 2  # tiles of a ring that are asked for and not there yet
-    expert_flight: int = 3
+    expert_flight: int = 4
+    down_ahead: int = 0  # tiles of gate_up that a program may have left when it asks for down's
     splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
 
@@ -63,17 +65,14 @@ class StepSizes:
         return 32 if self.fp8 else 16
 
     @property
-    def dense_chunks(self) -> int:
-        return DENSE_COLUMNS // self.group
+    def pieces(self) -> int:
+        """Slots of the ring that a dense tile takes."""
+        return 2 if self.fp8 else 4
 
     @property
-    def dense_rows(self) -> int:
-        """Rows of 256 bytes of a dense tile."""
-        return self.dense_chunks * CHUNK_BYTES // ROW_BYTES
-
-    @property
-    def expert_rows(self) -> int:
-        return EXPERT_CHUNKS * CHUNK_BYTES // ROW_BYTES + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES
+    def slice_groups(self) -> int:
+        """Groups that are set apart for a slice of the vector; 320 columns are 10 or 20."""
+        return 16 if self.fp8 else 32
 
     @property
     def qkv_rows(self) -> int:
@@ -86,7 +85,7 @@ class StepSizes:
     @property
     def width_columns(self) -> int:
         """Columns of dense tiles of a matrix that takes the residual."""
-        return cdiv(self.width, DENSE_COLUMNS)
+        return cdiv(self.width, TILE_COLUMNS)
 
     @property
     def attention_width(self) -> int:
@@ -98,7 +97,7 @@ class StepSizes:
 
     @property
     def out_columns(self) -> int:
-        return cdiv(self.attention_width, DENSE_COLUMNS)
+        return cdiv(self.attention_width, TILE_COLUMNS)
 
     @property
     def qkv_tiles(self) -> int:
@@ -124,7 +123,7 @@ class StepSizes:
 
     @property
     def gate_up_columns(self) -> int:
-        return cdiv(self.width, EXPERT_COLUMNS)
+        return cdiv(self.width, TILE_COLUMNS)
 
     @property
     def down_blocks(self) -> int:
@@ -132,7 +131,7 @@ class StepSizes:
 
     @property
     def down_columns(self) -> int:
-        return cdiv(self.hidden, EXPERT_COLUMNS)
+        return cdiv(self.hidden, TILE_COLUMNS)
 
     @property
     def gate_up_tiles(self) -> int:
@@ -155,12 +154,7 @@ class StepSizes:
     @property
     def norm_groups(self) -> int:
         """Parts of the residual whose squares are published in the first phase of a layer."""
-        return self.width_columns * (DENSE_COLUMNS // self.group)
-
-    @property
-    def residual_contributions(self) -> int:
-        """Tiles that add to a row of the residual in a layer."""
-        return self.out_columns + self.top_k * self.down_columns
+        return self.width_columns * (TILE_COLUMNS // self.group)
 
     @property
     def most_blocks(self) -> int:
@@ -177,18 +171,19 @@ class StepSizes:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program, but for barriers."""
-        rings = self.dense_slots * self.dense_rows + self.expert_slots * (64 + 16 + 8)
-        return rings * ROW_BYTES + 2 * 4096 + 2 * self.most_blocks * TILE_ROWS * 4 + 4096
+        rings = self.dense_slots * PIECE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
+        slices = 2 * self.slice_groups * 256
+        return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + 4096
 
     @property
     def head_slices_bytes(self) -> int:
         """Of the whole vector as the head takes it, which stands where experts' tiles did."""
-        return self.width_columns * (8 if self.fp8 else 16) * 256
+        return self.width_columns * self.slice_groups * 256
 
     def with_rings(self, shared_bytes: int) -> StepSizes:
         """The same with as many slots as fit into this much shared memory of a program."""
         experts = max(4, cdiv(self.head_slices_bytes, 64 * ROW_BYTES))
-        for dense in range(5, 1, -1):
+        for dense in range(6, 3, -1):
             sizes = replace(self, dense_slots=dense, expert_slots=experts)
             if sizes.shared_bytes <= shared_bytes:
                 return sizes

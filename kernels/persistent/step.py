@@ -22,6 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
+from kernels.persistent import sizes
 from kernels.persistent.exchange import (
     add_to_sums,
     publish,
@@ -33,7 +34,7 @@ from kernels.persistent.exchange import (
     words_now,
 )
 from kernels.persistent.multiply import (
-    dense_tile,
+    dense_pieces,
     expert_tile,
     power_of_two_for,
     row_sums,
@@ -42,6 +43,7 @@ from kernels.persistent.multiply import (
 )
 
 NONE = gl.constexpr(-1e30)
+EXPERT_ROWS = gl.constexpr(sizes.EXPERT_ROWS)
 SAME = gl.constexpr("mov.b32 $0, $1;")
 EVENTS = gl.constexpr(20)
 # Since Triton 3.7 it has another name.
@@ -89,21 +91,6 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
 
 # ------------------------------------------------------------------------------------ producers
 @gluon.jit
-def _load_dense(desc64, desc16, tile, big, small, full, slot, S: gl.constexpr):
-    bar = full.index(slot)
-    at = tile * S.dense_rows
-    mbarrier.expect(bar, S.dense_rows * 256)
-    if S.fp8:
-        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot))
-        tma.async_copy_global_to_shared(desc16, [at + 64, 0], bar, small.index(slot))
-    else:
-        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot * 2))
-        tma.async_copy_global_to_shared(desc64, [at + 64, 0], bar, big.index(slot * 2 + 1))
-        tma.async_copy_global_to_shared(desc16, [at + 128, 0], bar, small.index(slot * 2))
-        tma.async_copy_global_to_shared(desc16, [at + 144, 0], bar, small.index(slot * 2 + 1))
-
-
-@gluon.jit
 def _hold_back(full, n, FLIGHT: gl.constexpr, SLOTS: gl.constexpr):
     """Until no more than FLIGHT - 1 tiles are on their way: what waits in the memory's queues delays
     all that the programs hand to each other."""
@@ -112,13 +99,18 @@ def _hold_back(full, n, FLIGHT: gl.constexpr, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr):
-    """Load the tiles from base + first to base + last; n counts the ring's tiles."""
-    for i in range(first, last):
+def _dense_line(
+    desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr
+):  # fmt: skip
+    """Load the tiles from base + first to base + last, piece by piece; n counts the pieces."""
+    for i in range((base + first) * S.pieces, (base + last) * S.pieces):
         slot = n % S.dense_slots
+        bar = full.index(slot)
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
         _hold_back(full, n, S.dense_flight, S.dense_slots)
-        _load_dense(desc64, desc16, base + i, big, small, full, slot, S)
+        mbarrier.expect(bar, 80 * 256)
+        tma.async_copy_global_to_shared(desc64, [i * 80, 0], bar, big.index(slot))
+        tma.async_copy_global_to_shared(desc16, [i * 80 + 64, 0], bar, small.index(slot))
         n += 1
     return n
 
@@ -137,9 +129,8 @@ def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
         n = _dense_line(desc64, desc16, base, out0, out1, n, big, small, full, empty, S)
     first = S.head_blocks * program // S.programs * S.width_columns
     last = S.head_blocks * (program + 1) // S.programs * S.width_columns
-    _dense_line(
-        desc64, desc16, S.layers * S.layer_tiles, first, last, n, big, small, full, empty, S
-    )
+    base = S.layers * S.layer_tiles
+    _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S)
 
 
 @gluon.jit
@@ -150,7 +141,7 @@ def _expert_line(
         slot = n % S.expert_slots
         mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
         _hold_back(full, n, S.expert_flight, S.expert_slots)
-        at = (base + i) * S.expert_rows
+        at = (base + i) * EXPERT_ROWS
         bar = full.index(slot)
         mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
         tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot))
@@ -183,6 +174,10 @@ def expert_producer(
         n = _expert_line(
             desc64, desc16, desc8, base, up0, up1, n, big, small, scales, full, empty, S
         )
+        # The memory belongs to gate_up until this program has multiplied nearly all of it.
+        seen = n - 1 - S.down_ahead
+        if seen >= 0:
+            mbarrier.wait(empty.index(seen % S.expert_slots), (seen // S.expert_slots) & 1)
         place = gl.minimum(down_column // S.down_columns, S.top_k - 1)
         expert = gl.sum(chosen.index(place).load(ONE), 0)
         base = (
@@ -212,71 +207,57 @@ def _slice_stored():
 
 
 @gluon.jit
-def _dense_places(column, S: gl.constexpr):
-    """Group numbers, element numbers and which are there, of a slice of 160 columns."""
-    if S.fp8:
-        L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
-        g = gl.arange(0, 8, layout=gl.SliceLayout(1, L))
-        i = gl.arange(0, 32, layout=gl.SliceLayout(0, L))
-        inside = (g < 5)[:, None] & (i >= 0)[None, :]
-        k = column * 160 + gl.minimum(g, 4)[:, None] * 32 + i[None, :]
-    else:
-        L: gl.constexpr = gl.BlockedLayout([1, 1], [2, 16], [8, 1], [1, 0])
-        g = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
-        i = gl.arange(0, 16, layout=gl.SliceLayout(0, L))
-        inside = (g < 10)[:, None] & (i >= 0)[None, :]
-        k = column * 160 + gl.minimum(g, 9)[:, None] * 16 + i[None, :]
-    return g, inside, k
+def _places(column, GROUP: gl.constexpr):
+    """Group numbers of a slice of 320 columns, element numbers, and which are there: [16, 32] or
+    [32, 16], of which 10 or 20 rows are used."""
+    GROUPS: gl.constexpr = 512 // GROUP
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32 // GROUP, GROUP], [8, 1], [1, 0])
+    g = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, L))
+    i = gl.arange(0, GROUP, layout=gl.SliceLayout(0, L))
+    inside = (g < 320 // GROUP)[:, None] & (i >= 0)[None, :]
+    return g, inside, column * 320 + gl.minimum(g, 320 // GROUP - 1)[:, None] * GROUP + i[None, :]
 
 
 @gluon.jit
 def _store_dense(v, store, at, S: gl.constexpr):
-    """A slice of 160 columns for dense tiles, v [8, 32] or [16, 16]; what multiplies its sums."""
+    """A slice for dense tiles, [16, 32] or [32, 16]; returns what multiplies its sums."""
     if S.fp8:
         v, unscale = _scaled(v)
-        store_fp8_terms(v, store.index(at), 8)
+        store_fp8_terms(v, store.index(at), 16)
     else:
-        store_bf16_terms(v, store.index(at), 16)
+        store_bf16_terms(v, store.index(at), 32)
         unscale = 1.0
     return unscale
 
 
 @gluon.jit
 def _residual_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
-    """160 numbers of the residual: weighted by the norm, and the sums of plain ones' squares."""
-    g, inside, k = _dense_places(column, S)
+    """320 numbers of the residual: weighted by the norm, and the sums of plain ones' squares."""
+    GROUP: gl.constexpr = S.group
+    g, inside, k = _places(column, GROUP)
     inside = inside & (k < S.width)
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
-    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 1), zero)
+    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
     x = gl.where(inside, x, 0.0)
     return g, x * weight, gl.sum(x * x, 1)
 
 
 @gluon.jit
 def _attention_slice(attention, tag, column, S: gl.constexpr):
-    """160 outputs of attention."""
-    g, inside, k = _dense_places(column, S)
+    """320 outputs of attention."""
+    GROUP: gl.constexpr = S.group
+    _, inside, k = _places(column, GROUP)
     inside = inside & (k < S.attention_width)
-    a = wait_for_tagged(attention + gl.minimum(k, S.attention_width - 1), tag, 1)
+    a = wait_for_tagged(attention + gl.minimum(k, S.attention_width - 1), tag, 2)
     return gl.where(inside, a, 0.0)
-
-
-@gluon.jit
-def _expert_places(column):
-    """Element numbers of a slice of 320 columns, [16, 32], and which are there."""
-    L: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
-    g = gl.arange(0, 16, layout=gl.SliceLayout(1, L))
-    i = gl.arange(0, 32, layout=gl.SliceLayout(0, L))
-    inside = (g < 10)[:, None] & (i >= 0)[None, :]
-    return inside, column * 320 + gl.minimum(g, 9)[:, None] * 32 + i[None, :]
 
 
 @gluon.jit
 def _gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
     """320 numbers of the residual, weighted by the norm, [16, 32]."""
-    inside, k = _expert_places(column)
+    _, inside, k = _places(column, 32)
     inside = inside & (k < S.width)
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
@@ -288,7 +269,7 @@ def _gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
 @gluon.jit
 def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
     """320 activations of an expert, [16, 32], and what the sums were."""
-    inside, k = _expert_places(column)
+    _, inside, k = _places(column, 32)
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
     gate_bias = gl.load(bias_ptr + 2 * k).to(gl.float32)
@@ -689,25 +670,39 @@ def _wait_full(full, n, slots: gl.constexpr):
 
 
 @gluon.jit
+def _dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
+    """Sums [128, 8] of the tile that begins with the ring's piece n; the next tile's first piece."""
+    acc = zero
+    PAIRS: gl.constexpr = S.pieces // 2
+    for pair in gl.static_range(PAIRS):
+        slot = _wait_full(full, n, S.dense_slots)
+        slot2 = _wait_full(full, n + 1, S.dense_slots)
+        acc = dense_pieces(acc, big, small, xs, x + pair * 10, slot, slot2, pair == 0)
+        mbarrier.arrive(empty.index(slot), count=1)
+        mbarrier.arrive(empty.index(slot2), count=1)
+        n += 2
+    return acc, n
+
+
+@gluon.jit
 def _dense_tiles(
     first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr
-):
+):  # fmt: skip
     """Add tiles of one column to sums; rows' scales and biases as staged, or neither if plain."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     limit = gl.where(plain, S.qkv_blocks * 128, S.width)
     for block in range(first, last):
-        slot = _wait_full(full, n, S.dense_slots)
-        acc = dense_tile(big, small, xs, x, slot, zero, S)
-        mbarrier.arrive(empty.index(slot), count=1)
+        acc, n = _dense_tile(n, big, small, xs, x, full, empty, zero, S)
         value = row_sums(acc, MMA, S.fp8) * unscale
         if S.fp8:
-            value *= gl.where(plain, 1.0, rows.index(S.most_blocks + block - first).load(ROW))
-        value += gl.where(plain, 0.0, rows.index(block - first).load(ROW))
+            scale = rows.index(S.most_blocks + (block - first) % S.most_blocks).load(ROW)
+            value *= gl.where(plain, 1.0, scale)
+        bias = rows.index((block - first) % S.most_blocks).load(ROW)
+        value += gl.where(plain, 0.0, bias)
         row = block * 128 + gl.arange(0, 128, layout=ROW)
         add_to_sums(sums + row, value, 1, row < limit)
-        n += 1
     return n
 
 
@@ -767,7 +762,6 @@ def _head(
     """Logits: the whole residual times this program's blocks of rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    GROUPS: gl.constexpr = 8 if S.fp8 else 16
     squares = 0.0
     for column in range(S.width_columns):
         g, x, ss = _residual_slice(x_ptr, norm_ptr, count, column, S)
@@ -788,15 +782,13 @@ def _head(
             scale = gl.load(scale_ptr + safe)
         acc = zero
         for column in range(S.width_columns):
-            slot = n % S.dense_slots
-            mbarrier.wait(full.index(slot), (n // S.dense_slots) & 1)
-            part = dense_tile(big, small, xs, column * GROUPS, slot, zero, S)
-            mbarrier.arrive(empty.index(slot), count=1)
+            part, n = _dense_tile(
+                n, big, small, xs, column * S.slice_groups, full, empty, zero, S
+            )  # fmt: skip
             if S.fp8:
                 acc += part * gl.sum(hscale.index(column).load(ONE), 0)
             else:
                 acc += part
-            n += 1
         value = row_sums(acc, MMA, S.fp8) * factor
         if S.fp8:
             value *= scale
@@ -839,27 +831,27 @@ def consumer(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    UNITS: gl.constexpr = S.dense_slots * (1 if S.fp8 else 2)
+    SLOTS: gl.constexpr = S.dense_slots
+    COLUMNS: gl.constexpr = S.width_columns
+    APART: gl.constexpr = S.slice_groups
     # The head's slices stand where the experts' tiles did. Two slices in xs: of this phase and of
     # the next, for warps that are behind.
     if S.fp8:
-        big = dbig._reinterpret(gl.float8e4nv, [UNITS * 4, 128, 32], SWIZZLED8)
-        small = dsmall._reinterpret(gl.float8e4nv, [UNITS, 128, 32], SWIZZLED8)
-        xd = xs._reinterpret(gl.float8e4nv, [32, 8, 32], SWIZZLED8)
-        xstore = xs._reinterpret(gl.float8e4nv, [4, 8, 8, 32], SWIZZLED8_3)
-        xh = ebig._reinterpret(gl.float8e4nv, [S.width_columns * 8, 8, 32], SWIZZLED8)
-        hstore = ebig._reinterpret(gl.float8e4nv, [S.width_columns, 8, 8, 32], SWIZZLED8_3)
-        STORE: gl.constexpr = 2  # of xstore between the two slices
+        big = dbig._reinterpret(gl.float8e4nv, [SLOTS * 4, 128, 32], SWIZZLED8)
+        small = dsmall._reinterpret(gl.float8e4nv, [SLOTS, 128, 32], SWIZZLED8)
+        xd = xs._reinterpret(gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
+        xstore = xs._reinterpret(gl.float8e4nv, [2, APART, 8, 32], SWIZZLED8_3)
+        xh = ebig._reinterpret(gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
+        hstore = ebig._reinterpret(gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
     else:
-        big = dbig._reinterpret(gl.bfloat16, [UNITS * 4, 128, 16], SWIZZLED16)
-        small = dsmall._reinterpret(gl.bfloat16, [UNITS, 128, 16], SWIZZLED16)
-        xd = xs._reinterpret(gl.bfloat16, [32, 8, 16], SWIZZLED16)
-        xstore = xs._reinterpret(gl.bfloat16, [2, 16, 8, 16], SWIZZLED16_3)
-        xh = ebig._reinterpret(gl.bfloat16, [S.width_columns * 16, 8, 16], SWIZZLED16)
-        hstore = ebig._reinterpret(gl.bfloat16, [S.width_columns, 16, 8, 16], SWIZZLED16_3)
-        STORE: gl.constexpr = 1  # type: ignore[no-redef]
-    xe = xs._reinterpret(gl.float8e4nv, [32, 8, 32], SWIZZLED8)
-    estore = xs._reinterpret(gl.float8e4nv, [2, 16, 8, 32], SWIZZLED8_3)
+        big = dbig._reinterpret(gl.bfloat16, [SLOTS * 4, 128, 16], SWIZZLED16)
+        small = dsmall._reinterpret(gl.bfloat16, [SLOTS, 128, 16], SWIZZLED16)
+        xd = xs._reinterpret(gl.bfloat16, [2 * APART, 8, 16], SWIZZLED16)
+        xstore = xs._reinterpret(gl.bfloat16, [2, APART, 8, 16], SWIZZLED16_3)
+        xh = ebig._reinterpret(gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
+        hstore = ebig._reinterpret(gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
+    xe = xs._reinterpret(gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
+    estore = xs._reinterpret(gl.float8e4nv, [APART // 8, 16, 8, 32], SWIZZLED8_3)
     wbig = ebig._reinterpret(gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
     wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
     wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
@@ -936,7 +928,7 @@ def consumer(
                         residual, norms + layer * S.width, count, qkv_column, S
                     )
                     if first == 0:
-                        PER: gl.constexpr = 160 // S.group
+                        PER: gl.constexpr = 320 // S.group
                         publish(squares + qkv_column * PER + g, ss, tag, g < PER)
                 else:
                     once = gl.where(out_column == 0, 1.0, 0.0)
@@ -944,7 +936,7 @@ def consumer(
                     if S.fp8:
                         _stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
                     x = _attention_slice(attention, tag, out_column, S)
-                unscale = _store_dense(x, xstore, half * STORE, S)
+                unscale = _store_dense(x, xstore, half, S)
             _slice_stored()
             if half == 0:
                 stamp(trace, layer, 1, S)
@@ -960,7 +952,7 @@ def consumer(
                 big,
                 small,
                 xd,
-                half * 16,
+                half * APART,
                 dfull,
                 dempty,
                 rows,
@@ -1034,7 +1026,7 @@ def consumer(
                         S,
                     )
                 x, unscale = _scaled(x)
-                store_fp8_terms(x, estore.index(half), 16)
+                store_fp8_terms(x, estore.index(half * (APART // 16)), 16)
                 unscale *= 64.0
             if half == 0:
                 stamp(trace, layer, 11, S)
@@ -1066,7 +1058,7 @@ def consumer(
                 wsmall,
                 wscales,
                 xe,
-                half * 16,
+                half * APART,
                 efull,
                 eempty,
                 rows,
@@ -1109,15 +1101,15 @@ def step_kernel(
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    UNITS: gl.constexpr = S.dense_slots * (1 if S.fp8 else 2)
     DENSE: gl.constexpr = S.dense_slots
     EXPERT: gl.constexpr = S.expert_slots
-    dbig = gl.allocate_shared_memory(gl.uint8, [UNITS, 64, 256], PLAIN)
-    dsmall = gl.allocate_shared_memory(gl.uint8, [UNITS, 16, 256], PLAIN)
+    dbig = gl.allocate_shared_memory(gl.uint8, [DENSE, 64, 256], PLAIN)
+    dsmall = gl.allocate_shared_memory(gl.uint8, [DENSE, 16, 256], PLAIN)
     ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, 64, 256], PLAIN)
     esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, 16, 256], PLAIN)
     escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, 8, 256], PLAIN)
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [2, 16, 8, 32], THREE)
+    APART: gl.constexpr = S.slice_groups
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [2, APART, 8, 32], THREE)
     hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
     chosen = gl.allocate_shared_memory(gl.int32, [4, 1], LINE)
     ROWS: gl.constexpr = 2 * S.most_blocks

@@ -107,7 +107,7 @@ def tile_bytes(config: ModelConfig, *, fp8: bool) -> int:
     rows = {"qkv": c.qkv_width, "out": c.model_width, "head": c.vocab_size}
     columns = {"qkv": c.model_width, "out": c.attention_width, "head": c.model_width}
     each = {
-        name: cdiv(rows[name], 128) * 128 * cdiv(columns[name], 160) * 160 * (1 if fp8 else 2)
+        name: cdiv(rows[name], 128) * 128 * cdiv(columns[name], 320) * 320 * (1 if fp8 else 2)
         for name in rows
     }
     dense = c.num_layers * (each["qkv"] + each["out"]) + each["head"]
@@ -210,7 +210,7 @@ def _values(matrix: Tensor | QuantTensor) -> Tensor:
 
 def _tile_count(matrix: Tensor | QuantTensor) -> int:
     rows, columns = matrix.shape
-    return cdiv(rows, 128) * cdiv(columns, 160)
+    return cdiv(rows, 128) * cdiv(columns, 320)
 
 
 def _whole_memory(layers: list[LayerWeights]) -> Tensor:

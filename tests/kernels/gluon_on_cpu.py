@@ -498,7 +498,9 @@ class Emulated:
         ) -> Any:
             if what in stand_ins:
                 return stand_ins[what]
-            if what.startswith("kernels.persistent"):
+            if what == "kernels.persistent":
+                return builtins.__import__(what, scope, local, fromlist, level)
+            if what.startswith("kernels.persistent."):
                 return self.load_module(what)
             return builtins.__import__(what, scope, local, fromlist, level)
 
