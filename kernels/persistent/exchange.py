@@ -55,6 +55,23 @@ def _constraints(out: str, *inputs: str, n: int) -> gl.constexpr:
     return gl.constexpr(",".join([f"=&{out}"] * n + [one for kind in inputs for one in [kind] * n]))
 
 
+def _poll_two() -> gl.constexpr:
+    """$0 $1 and $2 $3 words of two tensors; then addresses, old words, counts likewise."""
+    lines = ["{", ".reg .b64 d, all;", ".reg .pred p;", ".reg .b32 turns;", "mov.b32 turns, 0;"]
+    lines.append("again:")
+    lines += [f"ld.relaxed.gpu.global.b64 ${i}, [${4 + i}];" for i in range(4)]
+    lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
+    lines.append("mov.b64 all, 0;")
+    for i in range(4):
+        lines.append(f"sub.s64 d, ${i}, ${8 + i}; sub.s64 d, d, ${12 + i % 2};")
+        lines.append("and.b64 d, d, 255; or.b64 all, all, d;")
+    lines += ["setp.ne.s64 p, all, 0;", "@p bra again;", "}"]
+    return gl.constexpr("\n".join(lines))
+
+
+_TWO = _poll_two()
+_TWO_CONSTRAINTS = gl.constexpr(",".join(["=&l"] * 4 + ["l"] * 10))
+
 # $0 a word, or anything where $3 is zero; $1 its address, $2 what it is compared with.
 _ONE_WORD = """{{
 .reg .b64 d; .reg .b32 t, turns; .reg .pred p, on;
@@ -114,6 +131,15 @@ def wait_for_sums(ptrs, old, count, PACK: gl.constexpr):
             _SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4
         )
     return words
+
+
+@gluon.jit
+def wait_for_two_sums(ptrs, ptrs2, old, old2, count):
+    """wait_for_sums of two tensors at once."""
+    return gl.inline_asm_elementwise(
+        _TWO, _TWO_CONSTRAINTS, [ptrs, ptrs2, old, old2, count], dtype=(gl.int64, gl.int64),
+        is_pure=False, pack=2,
+    )  # fmt: skip
 
 
 @gluon.jit

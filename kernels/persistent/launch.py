@@ -33,8 +33,6 @@ class StepWeights:
     out_bias: Tensor
     router: Tensor  # [L, parts, E, 64], see pack_router
     router_bias: Tensor  # [L, E]
-    gate_up_bias: Tensor  # [L, E, 2F], gate and up in turn
-    down_bias: Tensor  # [L, E, D]
     head_scale: Tensor  # [V]
 
 
@@ -97,7 +95,7 @@ def arguments(
     return (
         token, position, buffers.counter, w.embedding, w.norms, w.moe_norms, w.final_norm,
         w.qkv_scale, w.qkv_bias, w.sinks, w.out_scale, w.out_bias, w.router, w.router_bias,
-        w.gate_up_bias, w.down_bias, w.head_scale, *rope, cache, cache_table, buffers.sums,
+        w.head_scale, *rope, cache, cache_table, buffers.sums,
         buffers.tagged, logits,
     )  # fmt: skip
 
@@ -140,7 +138,7 @@ def compile_step(sizes: StepSizes, device: torch.device) -> None:
         of(t) for t in (torch.bfloat16, torch.float32, torch.int32, torch.int64)
     )
     weights = StepWeights(
-        bf16, plain, plain, bf16, bf16, bf16, fp32, bf16, bf16, fp32, bf16, bf16, bf16, bf16, bf16, fp32
+        bf16, plain, plain, bf16, bf16, bf16, fp32, bf16, bf16, fp32, bf16, bf16, bf16, fp32
     )  # fmt: skip
     buffers = StepBuffers(int32, int64, int64)
     tensors = arguments(weights, buffers, int32, int32, (fp32, fp32), bf16, int64, fp32)

@@ -112,10 +112,10 @@ def finish_expert(p, s):
 
 @gluon.jit
 def expert_tile(big, small, scales, xs, x, slot, zero):
-    """Sums [128, 8] of one tile of MXFP4."""
+    """Sums [128, 8] of one tile of MXFP4, and the biases [128] that it carries."""
     p, s = start_expert(big, small, scales, xs, x, slot, zero)
     p = warpgroup_mma_wait(0, deps=[p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]])
-    return finish_expert(p, s)
+    return finish_expert(p, s), (s[2] & -65536).to(gl.float32, bitcast=True)
 
 
 @gluon.jit

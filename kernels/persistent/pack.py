@@ -4,7 +4,8 @@
              row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
     experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words of
-             scales, 4 groups of 32 columns in each
+             scales, 4 groups of 32 columns in each; of the last two, which no group takes, the rows'
+             biases in bf16, or zero behind the first column of tiles
 
 A chunk of an expert is [8 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
 the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:
@@ -102,11 +103,12 @@ def unpack_dense(
     return matrix[:rows, :columns].contiguous()
 
 
-def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
+def pack_experts(values: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     """Bytes [E, tiles, EXPERT_TILE_BYTES] of MXFP4 weights.
 
     values:  [E, N, K / 2] uint8, low nibble first
     scales:  [E, N, K / 32] uint8 E8M0
+    bias:    [E, N] bf16
     """
     experts, rows, half = values.shape
     columns, blocks = cdiv(2 * half, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
@@ -127,12 +129,15 @@ def pack_experts(values: Tensor, scales: Tensor) -> Tensor:
     scales = padded(scales, blocks * TILE_ROWS, columns * groups)
     scales = scales.view(experts, blocks, TILE_ROWS, columns, groups).permute(0, 3, 1, 2, 4)
     words = padded(scales, TILE_ROWS, SCALE_WORDS * 4).unflatten(-1, (SCALE_WORDS, 4))
-    out[..., _TILE_CODES:] = words.movedim(-2, -3).reshape(experts, columns * blocks, -1)
+    words = words.movedim(-2, -3).contiguous()  # expert, column, block, word, row, byte
+    bias = padded(bias[:, None], 1, blocks * TILE_ROWS).view(experts, blocks, TILE_ROWS, 1)
+    words[:, 0, :, -1, :, 2:] = bias.view(torch.uint8)
+    out[..., _TILE_CODES:] = words.reshape(experts, columns * blocks, -1)
     return out
 
 
-def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Values and scales that pack_experts was given."""
+def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, scales and biases that pack_experts was given."""
     experts = tiles.shape[0]
     across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
     bytes_ = tiles[..., :_TILE_CODES].reshape(
@@ -144,6 +149,8 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     codes = codes.permute(0, 2, 4, 5, 6, 1, 3, 8, 7, 9).reshape(experts, down * TILE_ROWS, -1, 2)
     values = (codes[..., 0] | (codes[..., 1] << 4))[:, :rows, : columns // 2]
     words = tiles[..., _TILE_CODES:].reshape(experts, across, down, SCALE_WORDS, TILE_ROWS, 4)
+    bias = words[:, 0, :, -1, :, 2:].contiguous().view(torch.bfloat16).reshape(experts, -1)
     scales = words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32]
     scales = scales.permute(0, 2, 3, 1, 4).reshape(experts, down * TILE_ROWS, -1)
-    return values.contiguous(), scales[:, :rows, : columns // 32].contiguous()
+    scales = scales[:, :rows, : columns // 32]
+    return values.contiguous(), scales.contiguous(), bias[:, :rows].contiguous()

@@ -46,15 +46,13 @@ class StepSizes:
     programs: int
     dense_slots: int = 5  # pieces of the ring of dense weights
     expert_slots: int = 4
-    dense_flight: int = 2  # tiles of a ring that are asked for and not there yet
-    expert_flight: int = 4
-    down_ahead: int = 0  # tiles of gate_up that a program may have left when it asks for down's
     splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
-        columns = (self.width_columns, self.out_columns, self.top_k * self.gate_up_columns)
-        assert max(*columns, self.top_k * self.down_columns, self.router_programs) <= self.programs
+        experts = self.top_k * max(self.gate_up_columns, self.down_columns)
+        phases = (self.width_columns, self.out_columns, experts, self.router_programs)
+        assert max(phases) <= self.programs
         assert self.splits * self.kv_heads <= self.programs
         assert self.norm_groups <= 256 and self.router_programs <= 32
 
@@ -158,10 +156,9 @@ class StepSizes:
 
     @property
     def most_blocks(self) -> int:
-        """Blocks of rows that a program can have in a phase that adds to the residual, rounded up
-        to a power of two."""
-        columns = (self.out_columns, self.top_k * self.down_columns)
-        most = max(cdiv(self.out_blocks, self.programs // n) for n in columns)
+        """Blocks of rows of the output projection that a program can have, rounded up to a power
+        of two."""
+        most = cdiv(self.out_blocks, self.programs // self.out_columns)
         return 1 << (most - 1).bit_length()
 
     @property
@@ -173,7 +170,7 @@ class StepSizes:
         """Shared memory of a program, but for barriers."""
         rings = self.dense_slots * PIECE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
         slices = 2 * self.slice_groups * 256
-        return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + 4096
+        return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4
 
     @property
     def head_slices_bytes(self) -> int:

@@ -31,6 +31,7 @@ from kernels.persistent.exchange import (
     wait_for_sums_if,
     wait_for_tagged,
     wait_for_tagged_if,
+    wait_for_two_sums,
     words_now,
 )
 from kernels.persistent.multiply import (
@@ -89,15 +90,20 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
     return column, first, gl.where(works, BLOCKS * (part + 1) // EACH, first)
 
 
-# ------------------------------------------------------------------------------------ producers
 @gluon.jit
-def _hold_back(full, n, FLIGHT: gl.constexpr, SLOTS: gl.constexpr):
-    """Until no more than FLIGHT - 1 tiles are on their way: what waits in the memory's queues delays
-    all that the programs hand to each other."""
-    if n >= FLIGHT:
-        mbarrier.wait(full.index((n - FLIGHT) % SLOTS), ((n - FLIGHT) // SLOTS) & 1)
+def duty(program, S: gl.constexpr):
+    """A program's place in the order in which they take what only some do: attention, the router.
+
+    Those without tiles of experts come first: who is late with an expert's tiles delays all.
+    """
+    COLUMNS: gl.constexpr = S.top_k * S.gate_up_columns
+    ACTIVE: gl.constexpr = S.programs // COLUMNS * COLUMNS
+    before = program * ACTIVE // S.programs
+    works = (program + 1) * ACTIVE // S.programs > before
+    return gl.where(works, S.programs - ACTIVE + before, program - before)
 
 
+# ------------------------------------------------------------------------------------ producers
 @gluon.jit
 def _dense_line(
     desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr
@@ -107,7 +113,6 @@ def _dense_line(
         slot = n % S.dense_slots
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
-        _hold_back(full, n, S.dense_flight, S.dense_slots)
         mbarrier.expect(bar, 80 * 256)
         tma.async_copy_global_to_shared(desc64, [i * 80, 0], bar, big.index(slot))
         tma.async_copy_global_to_shared(desc16, [i * 80 + 64, 0], bar, small.index(slot))
@@ -140,7 +145,6 @@ def _expert_line(
     for i in range(first, last):
         slot = n % S.expert_slots
         mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
-        _hold_back(full, n, S.expert_flight, S.expert_slots)
         at = (base + i) * EXPERT_ROWS
         bar = full.index(slot)
         mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
@@ -152,43 +156,39 @@ def _expert_line(
 
 
 @gluon.jit
+def expert_share(half, program, S: gl.constexpr):
+    """A program's part of gate_up (half 0) or down (1) of the chosen experts.
+
+    Returns the expert's place among the chosen, its column of tiles, first and last + 1 block.
+    """
+    column, first, last = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
+    columns = S.gate_up_columns + half * (S.down_columns - S.gate_up_columns)
+    if half == 1:
+        column, first, last = share(program, S.top_k * S.down_columns, S.down_blocks, S)
+    place = gl.minimum(column // columns, S.top_k - 1)
+    return place, column - place * columns, first, last
+
+
+@gluon.jit
 def expert_producer(
     desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr
 ):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     program = gl.program_id(0)
-    up_column, up0, up1 = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
-    down_column, down0, down1 = share(program, S.top_k * S.down_columns, S.down_blocks, S)
     n = 0
     for layer in range(S.layers):
         mbarrier.wait(routed.index(0), layer & 1)
-        first_tile = layer * S.experts * S.expert_tiles
-        place = gl.minimum(up_column // S.gate_up_columns, S.top_k - 1)
-        expert = gl.sum(chosen.index(place).load(ONE), 0)
-        base = (
-            first_tile
-            + expert * S.expert_tiles
-            + (up_column % S.gate_up_columns) * S.gate_up_blocks
-        )
-        n = _expert_line(
-            desc64, desc16, desc8, base, up0, up1, n, big, small, scales, full, empty, S
-        )
-        # The memory belongs to gate_up until this program has multiplied nearly all of it.
-        seen = n - 1 - S.down_ahead
-        if seen >= 0:
-            mbarrier.wait(empty.index(seen % S.expert_slots), (seen // S.expert_slots) & 1)
-        place = gl.minimum(down_column // S.down_columns, S.top_k - 1)
-        expert = gl.sum(chosen.index(place).load(ONE), 0)
-        base = (
-            first_tile
-            + expert * S.expert_tiles
-            + S.gate_up_tiles
-            + (down_column % S.down_columns) * S.down_blocks
-        )
-        n = _expert_line(
-            desc64, desc16, desc8, base, down0, down1, n, big, small, scales, full, empty, S
-        )
+        for half in range(2):
+            place, column, first, last = expert_share(half, program, S)
+            expert = gl.sum(chosen.index(place).load(ONE), 0)
+            base = (layer * S.experts + expert) * S.expert_tiles
+            base += gl.where(
+                half == 0, column * S.gate_up_blocks, S.gate_up_tiles + column * S.down_blocks
+            )
+            n = _expert_line(
+                desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S
+            )
 
 
 # ------------------------------------------------------------------------- slices of the vector
@@ -267,18 +267,17 @@ def _gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
 
 
 @gluon.jit
-def _down_slice(sums_ptr, bias_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
+def _down_slice(sums_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
     """320 activations of an expert, [16, 32], and what the sums were."""
     _, inside, k = _places(column, 32)
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
-    gate_bias = gl.load(bias_ptr + 2 * k).to(gl.float32)
-    up_bias = gl.load(bias_ptr + 2 * k + 1).to(gl.float32)
     complete = gl.zeros_like(old_gate) + S.gate_up_columns
-    gates = wait_for_sums(sums_ptr + 2 * k, old_gate, complete, 2)
-    ups = wait_for_sums(sums_ptr + 2 * k + 1, old_up, complete, 2)
-    gate = gl.minimum(sum_of(gates, old_gate) * factor + gate_bias, S.limit)
-    up = gl.minimum(gl.maximum(sum_of(ups, old_up) * factor + up_bias, -S.limit), S.limit)
+    gates, ups = wait_for_two_sums(sums_ptr + 2 * k, sums_ptr + 2 * k + 1, old_gate, old_up, complete)
+    gate = sum_of(gates, old_gate) * factor
+    up = sum_of(ups, old_up) * factor
+    gate = gl.minimum(gate, S.limit)
+    up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
     hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
     return gl.where(inside, hidden, 0.0), gates, ups
 
@@ -712,8 +711,9 @@ def _expert_tiles(
     last,
     n,
     unscale,
+    bias_factor,
     mixing,
-    plain,
+    limit,
     big,
     small,
     scales,
@@ -721,21 +721,18 @@ def _expert_tiles(
     x,
     full,
     empty,
-    rows,
     sums,
     S: gl.constexpr,
 ):
-    """Add tiles of one column to sums, times the expert's weight; biases as staged unless plain."""
+    """Add tiles of one column and their biases times bias_factor to sums, all times mixing."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    limit = gl.where(plain, S.gate_up_blocks * 128, S.width)
     for block in range(first, last):
         slot = _wait_full(full, n, S.expert_slots)
-        acc = expert_tile(big, small, scales, xs, x, slot, zero)
+        acc, bias = expert_tile(big, small, scales, xs, x, slot, zero)
         mbarrier.arrive(empty.index(slot), count=1)
-        bias = gl.where(plain, 0.0, rows.index((block - first) % S.most_blocks).load(ROW))
-        value = (row_sums(acc, MMA, True) * unscale + bias) * mixing
+        value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
         row = block * 128 + gl.arange(0, 128, layout=ROW)
         add_to_sums(sums + row, value, 1, row < limit)
         n += 1
@@ -819,7 +816,7 @@ def _clear(program, words, COUNT: gl.constexpr, S: gl.constexpr):
 @gluon.jit
 def consumer(
     token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
-    sinks, out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin,
+    sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
     efull, eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
@@ -829,6 +826,7 @@ def consumer(
     SWIZZLED16: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=2)
     SWIZZLED16_3: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=3)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     SLOTS: gl.constexpr = S.dense_slots
@@ -856,10 +854,7 @@ def consumer(
     wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
     wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
 
-    ROWS: gl.constexpr = S.most_blocks
-    staged = rows._reinterpret(
-        gl.float32, [2, ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    )
+    staged = rows._reinterpret(gl.float32, [2, S.most_blocks, 128], FLAT2)
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
@@ -901,8 +896,17 @@ def consumer(
         stamp(trace, layer, 0, S)
         # ---- qkv, then attention and output projection: one copy of the code for both
         for half in range(2):
+            qkv_column, qkv0, qkv1 = share(anew(program), S.width_columns, S.qkv_blocks, S)
+            out_column, out0, out1 = share(anew(program), S.out_columns, S.out_blocks, S)
+            first = gl.where(half == 0, qkv0, out0)
+            last = gl.where(half == 0, qkv1, out1)
             if half == 1:
-                worker = anew(program)
+                if first < last:
+                    once = gl.where(out_column == 0, 1.0, 0.0)
+                    _stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
+                    if S.fp8:
+                        _stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
+                worker = duty(anew(program), S)
                 split = worker // S.kv_heads
                 is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
                 start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
@@ -917,10 +921,6 @@ def consumer(
                         sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
                     )  # fmt: skip
                 stamp(trace, layer, 6, S)
-            qkv_column, qkv0, qkv1 = share(anew(program), S.width_columns, S.qkv_blocks, S)
-            out_column, out0, out1 = share(anew(program), S.out_columns, S.out_blocks, S)
-            first = gl.where(half == 0, qkv0, out0)
-            last = gl.where(half == 0, qkv1, out1)
             unscale = 1.0
             if first < last:
                 if half == 0:
@@ -931,10 +931,6 @@ def consumer(
                         PER: gl.constexpr = 320 // S.group
                         publish(squares + qkv_column * PER + g, ss, tag, g < PER)
                 else:
-                    once = gl.where(out_column == 0, 1.0, 0.0)
-                    _stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
-                    if S.fp8:
-                        _stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
                     x = _attention_slice(attention, tag, out_column, S)
                 unscale = _store_dense(x, xstore, half, S)
             _slice_stored()
@@ -965,66 +961,23 @@ def consumer(
                 stamp(trace, layer, 9, S)
         count += S.out_columns
         # ---- router
-        if program < S.router_programs:
+        part = duty(anew(program), S)
+        if part < S.router_programs:
             route_part(
-                program,
-                layer,
-                residual,
-                moe_norms + layer * S.width,
-                router,
-                count,
-                tag,
-                router_sums,
-                router_squares,
-                S,
-                E2,
-            )
+                part, layer, residual, moe_norms + layer * S.width, router, count, tag,
+                router_sums, router_squares, S, E2,
+            )  # fmt: skip
         stamp(trace, layer, 10, S)
         # ---- gate_up, then down
+        unscale = 1.0
         for half in range(2):
-            up_column, up0, up1 = share(
-                anew(program), S.top_k * S.gate_up_columns, S.gate_up_blocks, S
-            )
-            down_column, down0, down1 = share(
-                anew(program), S.top_k * S.down_columns, S.down_blocks, S
-            )
-            first = gl.where(half == 0, up0, down0)
-            last = gl.where(half == 0, up1, down1)
-            place = gl.where(
-                half == 0, up_column // S.gate_up_columns, down_column // S.down_columns
-            )
-            place = gl.minimum(place, S.top_k - 1)
-            unscale = 1.0
+            place, column, first, last = expert_share(half, anew(program), S)
             if first < last:
                 if half == 0:
-                    x = _gate_up_slice(
-                        residual,
-                        moe_norms + layer * S.width,
-                        count,
-                        up_column % S.gate_up_columns,
-                        S,
-                    )
+                    x = _gate_up_slice(residual, moe_norms + layer * S.width, count, column, S)
                 else:
-                    column = down_column % S.down_columns
-                    expert = layer.to(gl.int64) * S.experts + pick(place, ids)
-                    _stage_rows(
-                        down_bias + expert * S.width,
-                        gl.where(column == 0, 1.0, 0.0),
-                        first,
-                        0,
-                        staged,
-                        S,
-                    )
                     at = gate_up + place * (S.gate_up_blocks * 128)
-                    x, old_gate, old_up = _down_slice(
-                        at,
-                        gate_up_bias + expert * (2 * S.hidden),
-                        old_gate,
-                        old_up,
-                        factor,
-                        column,
-                        S,
-                    )
+                    x, old_gate, old_up = _down_slice(at, old_gate, old_up, factor, column, S)
                 x, unscale = _scaled(x)
                 store_fp8_terms(x, estore.index(half * (APART // 16)), 16)
                 unscale *= 64.0
@@ -1036,37 +989,26 @@ def consumer(
                 for j in gl.static_range(4):
                     chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
                 mbarrier.arrive(routed.index(0), count=1)
-                stamp(trace, layer, 12, S)
-                worker = anew(program)
+                worker = duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
                     old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
+                stamp(trace, layer, 12, S)
+            else:
+                stamp(trace, layer, 15, S)
             _slice_stored()
             if half == 0:
-                stamp(trace, layer, 14, S)
+                stamp(trace, layer, 13, S)
             else:
                 stamp(trace, layer, 16, S)
             sums_at = residual + gl.where(half == 0, GATE_UP + place * (S.gate_up_blocks * 128), 0)
-            weight = gl.where(half == 0, 1.0, pick(place, mixing))
             en = _expert_tiles(
-                first,
-                last,
-                en,
-                unscale,
-                weight,
-                half == 0,
-                wbig,
-                wsmall,
-                wscales,
-                xe,
-                half * APART,
-                efull,
-                eempty,
-                rows,
-                sums_at,
-                S,
-            )
+                first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),
+                gl.where(half == 0, 1.0, pick(place, mixing)),
+                gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, xe,
+                half * APART, efull, eempty, sums_at, S,
+            )  # fmt: skip
             if half == 0:
-                stamp(trace, layer, 15, S)
+                stamp(trace, layer, 14, S)
             else:
                 stamp(trace, layer, 18, S)
         count += S.top_k * S.down_columns
@@ -1094,7 +1036,7 @@ def consumer(
 @gluon.jit
 def step_kernel(
     token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias, sinks,
-    out_scale, out_bias, router, router_bias, gate_up_bias, down_bias, head_scale, cos, sin, cache,
+    out_scale, out_bias, router, router_bias, head_scale, cos, sin, cache,
     cache_table, sums, tagged, logits, dense64, dense16, expert64, expert16, expert8, trace,
     S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
@@ -1134,7 +1076,7 @@ def step_kernel(
         [
             (consumer, (token, position, counter, embedding, norms, moe_norms, final_norm,
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
-                        gate_up_bias, down_bias, head_scale, cos, sin, cache, cache_table, sums,
+                        head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
                         eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),

@@ -137,24 +137,26 @@ def relayout(config: ModelConfig, device: torch.device) -> Relayout:
     up_tiles, _ = _half_tiles(c)
 
     def take(weights: dict[str, Tensor | QuantTensor]) -> dict[str, Any]:
-        found = {}
-        for name, weight in weights.items():
-            assert isinstance(weight, QuantTensor) and weight.scales is not None, name
-            layer = int(name.split(".")[1])
-            first = 0 if name.endswith("gate_up") else up_tiles
-            fill_tiles(memory[layer], first, weight.values, weight.scales)
-            found[name] = TiledExperts(memory[layer], first, weight.shape)
+        found: dict[str, Any] = dict(weights)
+        for half, first in (("gate_up", 0), ("down", up_tiles)):
+            name = next(name for name in weights if name.endswith(f".{half}"))
+            weight, tiles = weights[name], memory[int(name.split(".")[1])]
+            assert isinstance(weight, QuantTensor), name
+            fill_tiles(tiles, first, weight, weights[f"{name}_bias"])
+            found[name] = TiledExperts(tiles, first, weight.shape)
         return found
 
-    names = [[f"layers.{i}.moe.gate_up", f"layers.{i}.moe.down"] for i in range(c.num_layers)]
-    return Relayout(names, take)
+    names = ("gate_up", "gate_up_bias", "down", "down_bias")
+    return Relayout([[f"layers.{i}.moe.{n}" for n in names] for i in range(c.num_layers)], take)
 
 
-def fill_tiles(tiles: Tensor, first: int, values: Tensor, scales: Tensor) -> None:
+def fill_tiles(tiles: Tensor, first: int, weight: QuantTensor, bias: Tensor) -> None:
     """Pack experts [E, ..] into tiles [E, n, bytes] from tile `first` on, a few at a time."""
-    for e in range(0, len(values), _EXPERTS_AT_ONCE):
+    assert weight.scales is not None
+    scales = weight.scales.view(torch.uint8)
+    for e in range(0, len(bias), _EXPERTS_AT_ONCE):
         some = slice(e, e + _EXPERTS_AT_ONCE)
-        packed = pack_experts(values[some], scales[some].view(torch.uint8))
+        packed = pack_experts(weight.values[some], scales[some], bias[some])
         tiles[some, first : first + packed.shape[1]] = packed
 
 
@@ -187,8 +189,6 @@ def step_weights(weights: ModelWeights) -> StepWeights:
         out_bias=stack("out_bias"),
         router=torch.stack([pack_router(layer.router) for layer in layers]),
         router_bias=stack("router_bias"),
-        gate_up_bias=stack("gate_up_bias"),
-        down_bias=stack("down_bias"),
         head_scale=scales([weights.head]),
     )
 

@@ -40,6 +40,9 @@ def handlers(modules):
         gluon_on_cpu._watch.pause()
         return T(ptrs.memory[ptrs.at].copy())
 
+    def two(ptrs, ptrs2, old, old2, count):
+        return sums(ptrs, old, count), sums(ptrs2, old2, count)
+
     def sums_if(ptrs, wanted, mask):
         keep = raw(mask) != 0
         while True:
@@ -57,6 +60,7 @@ def handlers(modules):
             gluon_on_cpu._watch.pause()
 
     found = {exchange.NOW: now, exchange.SUM_IF: sums_if, exchange.TAGGED_IF: tagged_if}
+    found[exchange._TWO] = two
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
             found[getattr(exchange, name + str(n))] = handler

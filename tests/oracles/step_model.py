@@ -105,15 +105,14 @@ def step_weights(s, layers, embedding, head, final_norm) -> StepWeights:
     tiles = [pack_dense(values(layer[name])) for layer in layers for name in ("qkv", "out")]
     tiles.append(pack_dense(values(head), by_rows=True))
     experts = [
-        torch.cat([pack_experts(layer[n].values, layer[n].scales) for n in ("gate_up", "down")], 1)
+        torch.cat([pack_experts(layer[n].values, layer[n].scales, layer[n + "_bias"]) for n in ("gate_up", "down")], 1)
         for layer in layers
     ]
     return StepWeights(
         embedding, torch.cat(tiles), torch.cat(experts).flatten(0, 1), stack("norm"), stack("moe_norm"),
         final_norm, scale([x["qkv"] for x in layers]), stack("qkv_bias"), stack("sinks"),
         scale([x["out"] for x in layers]), stack("out_bias"),
-        torch.stack([pack_router(x["router"]) for x in layers]), stack("router_bias"),
-        stack("gate_up_bias"), stack("down_bias"), scale([head]),
+        torch.stack([pack_router(x["router"]) for x in layers]), stack("router_bias"), scale([head]),
     )  # fmt: skip
 
 
