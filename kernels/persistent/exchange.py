@@ -9,8 +9,9 @@ words that it needs, and each word says whether it is complete:
     tagged  int64   [ tag of this use | fp32 ]
             One program writes, in one store of 8 bytes.
 
-A word is used again in every layer. It is safe because what a program adds in a layer depends on
-what all programs read in the one before.
+A word is used again in every layer, so nothing may be added for the next use while a program has
+yet to read it. Most often that follows from what depends on what. Where it does not, readers sign
+(a word of sums, one contribution each), and who adds next waits for all signatures first.
 """
 
 from triton.experimental import gluon
@@ -19,8 +20,8 @@ from triton.experimental.gluon import language as gl
 FRACTION_BITS = 28  # of a sum; 27 bits are left in front of the point, and a sign
 _ONE = gl.constexpr(float(2**FRACTION_BITS))
 _TINY = gl.constexpr(2.0**-FRACTION_BITS)
-# Polls after which a program gives up: about half a minute. A hang becomes an error.
-PATIENCE = 1 << 21
+# Polls after which a program gives up: some seconds. A hang becomes an error.
+PATIENCE = 1 << 23
 
 
 def _poll_sums(n: int) -> gl.constexpr:
@@ -92,6 +93,13 @@ SUM_IF = gl.constexpr(
 TAGGED_IF = gl.constexpr(
     _ONE_WORD.format(patience=PATIENCE, test="shr.u64 d, $0, 32; setp.ne.s64 p, d, $2;")
 )
+# $0 a word, $1 its address, $2 what its count is compared with.
+SIGNED = gl.constexpr(
+    "{ .reg .b64 d; .reg .b32 turns; .reg .pred p; mov.b32 turns, 0;\nagain:\n"
+    "ld.relaxed.gpu.global.b64 $0, [$1]; sub.s64 d, $0, $2; and.b64 d, d, 255;"
+    f"add.u32 turns, turns, 1; setp.gt.u32 p, turns, {PATIENCE}; @p trap;"
+    "setp.ne.s64 p, d, 0; @p nanosleep.u32 64; @p bra again; }"
+)
 NOW = gl.constexpr("ld.relaxed.gpu.global.b64 $0, [$1];")
 _SUMS_1, _SUMS_2, _SUMS_4 = _poll_sums(1), _poll_sums(2), _poll_sums(4)
 _TAGGED_1, _TAGGED_2, _TAGGED_4 = _poll_tagged(1), _poll_tagged(2), _poll_tagged(4)
@@ -110,6 +118,31 @@ def add_to_sums(ptrs, value, count: gl.constexpr, mask):
     """Add fp32 numbers to words of sums, as `count` contributions each."""
     fixed = (value * _ONE).to(gl.int64)
     gl.atomic_add(ptrs, fixed * 256 + count, mask=mask, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def sign(ptr):
+    """One thread of the program adds its contribution to a word."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    i = gl.arange(0, 256, layout=L)
+    one = gl.full([256], 1, gl.int64, layout=L)
+    gl.atomic_add(ptr + i * 0, one, mask=i == 0, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def wait_for_signatures(ptr, count):
+    """Until a word has as many contributions since it was cleared. For a single warp."""
+    return gl.inline_asm_elementwise(
+        SIGNED, "=&l,l,l", [ptr, count.to(gl.int64)], dtype=gl.int64, is_pure=False, pack=1
+    )
+
+
+@gluon.jit
+def wait_for_all_to_sign(ptr, count):
+    """One thread of the program waits until a word has as many contributions since it was cleared."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    i = gl.arange(0, 256, layout=L)
+    wait_for_sums_if(ptr + i * 0, gl.full([256], 0, gl.int64, layout=L), count, i == 0)
 
 
 @gluon.jit

@@ -49,7 +49,7 @@ class StepBuffers:
         """Zeros."""
         s = sizes
         blocks = s.out_blocks + s.qkv_blocks + s.top_k * s.gate_up_blocks
-        words = blocks * TILE_ROWS + padded_experts(s)
+        words = blocks * TILE_ROWS + padded_experts(s) + 2
         parts = s.splits * (s.attention_width + 2 * s.heads)
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),

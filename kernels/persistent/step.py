@@ -26,7 +26,10 @@ from kernels.persistent import sizes
 from kernels.persistent.exchange import (
     add_to_sums,
     publish,
+    sign,
     sum_of,
+    wait_for_all_to_sign,
+    wait_for_signatures,
     wait_for_sums,
     wait_for_sums_if,
     wait_for_tagged,
@@ -103,6 +106,25 @@ def duty(program, S: gl.constexpr):
     return gl.where(works, S.programs - ACTIVE + before, program - before)
 
 
+@gluon.jit
+def sum_words(S: gl.constexpr, E2: gl.constexpr):
+    """Words of one set of sums."""
+    return (S.out_blocks + S.qkv_blocks + S.top_k * S.gate_up_blocks) * 128 + E2 + 2
+
+
+@gluon.jit
+def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
+    """Sums of a launch: residual, qkv, gate_up, router, signatures of readers of the residual.
+
+    There are two sets: a launch uses one and clears the other.
+    """
+    residual = sums + (launch & 1) * sum_words(S, E2)
+    qkv = residual + S.out_blocks * 128
+    gate_up = qkv + S.qkv_blocks * 128
+    router = gate_up + S.top_k * S.gate_up_blocks * 128
+    return residual, qkv, gate_up, router, router + E2
+
+
 # ------------------------------------------------------------------------------------ producers
 @gluon.jit
 def _dense_line(
@@ -171,7 +193,7 @@ def expert_share(half, program, S: gl.constexpr):
 
 @gluon.jit
 def expert_producer(
-    desc64, desc16, desc8, big, small, scales, full, empty, chosen, routed, S: gl.constexpr
+    desc64, desc16, desc8, signed, big, small, scales, full, empty, chosen, routed, S: gl.constexpr
 ):
     """One warp: the tiles of the experts of each layer, once the routing is known."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -180,6 +202,8 @@ def expert_producer(
     for layer in range(S.layers):
         mbarrier.wait(routed.index(0), layer & 1)
         for half in range(2):
+            if half == 1:
+                wait_for_signatures(signed, (layer + 1) * S.programs)
             place, column, first, last = expert_share(half, program, S)
             expert = gl.sum(chosen.index(place).load(ONE), 0)
             base = (layer * S.experts + expert) * S.expert_tiles
@@ -468,6 +492,8 @@ def attend(
     biggest = gl.full([16], NONE, gl.float32, layout=gl.SliceLayout(1, MMA))
     total = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = gl.zeros([16, C], gl.float32, layout=MMA)
+    row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
+    sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
     s = begin
     more = True
     while more:
@@ -523,9 +549,7 @@ def attend(
         )
         s += 128
         more = s < end
-    row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     if used == 1:
-        sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
         new = gl.maximum(biggest, sink)
         shrink = gl.exp(biggest - new)
         out = acc * (shrink / (total * shrink + gl.exp(sink - new)))[:, None]
@@ -818,7 +842,7 @@ def consumer(
     token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S: gl.constexpr, E2: gl.constexpr,
+    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -855,18 +879,11 @@ def consumer(
     wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
 
     staged = rows._reinterpret(gl.float32, [2, S.most_blocks, 128], FLAT2)
+    numbers = qs._reinterpret(gl.float32, [256], FLAT)
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
-    # Sums: two sets, of which this launch uses one and clears the other.
-    QKV: gl.constexpr = S.out_blocks * 128
-    GATE_UP: gl.constexpr = QKV + S.qkv_blocks * 128
-    ROUTER: gl.constexpr = GATE_UP + S.top_k * S.gate_up_blocks * 128
-    WORDS: gl.constexpr = ROUTER + E2
-    residual = sums + (launch & 1) * WORDS
-    qkv = residual + QKV
-    gate_up = residual + GATE_UP
-    router_sums = residual + ROUTER
+    residual, qkv, gate_up, router_sums, signed = parts_of(sums, launch, S, E2)
     squares = tagged
     router_squares = tagged + 256
     attention = tagged + 320
@@ -874,7 +891,7 @@ def consumer(
     peaks = accs + S.splits * S.attention_width
     totals = peaks + S.splits * S.heads
     _begin(program, token, embedding, residual, S)
-    _clear(program, sums + ((launch & 1) ^ 1) * WORDS, WORDS, S)
+    _clear(program, parts_of(sums, launch + 1, S, E2)[0], sum_words(S, E2), S)
 
     # What the sums were when this program read them last.
     QL: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
@@ -931,14 +948,17 @@ def consumer(
                         PER: gl.constexpr = 320 // S.group
                         publish(squares + qkv_column * PER + g, ss, tag, g < PER)
                 else:
+                    # The residual may change when all programs have read it.
+                    wait_for_all_to_sign(signed, (layer + 1) * S.programs)
                     x = _attention_slice(attention, tag, out_column, S)
                 unscale = _store_dense(x, xstore, half, S)
             _slice_stored()
             if half == 0:
+                sign(signed)
                 stamp(trace, layer, 1, S)
             else:
                 stamp(trace, layer, 7, S)
-            sums_at = residual + gl.where(half == 0, QKV, 0)
+            sums_at = residual + gl.where(half == 0, S.out_blocks * 128, 0)
             dn = _dense_tiles(
                 first,
                 last,
@@ -997,10 +1017,12 @@ def consumer(
                 stamp(trace, layer, 15, S)
             _slice_stored()
             if half == 0:
+                sign(signed + 1)
                 stamp(trace, layer, 13, S)
             else:
                 stamp(trace, layer, 16, S)
-            sums_at = residual + gl.where(half == 0, GATE_UP + place * (S.gate_up_blocks * 128), 0)
+            up = (S.out_blocks + S.qkv_blocks + place * S.gate_up_blocks) * 128
+            sums_at = residual + gl.where(half == 0, up, 0)
             en = _expert_tiles(
                 first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),
                 gl.where(half == 0, 1.0, pick(place, mixing)),
@@ -1058,7 +1080,6 @@ def step_kernel(
     WIDE: gl.constexpr = S.head_width
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     rows = gl.allocate_shared_memory(gl.float32, [ROWS, 128], LINE)
-    numbers = gl.allocate_shared_memory(gl.float32, [256], LINE)
     qs = gl.allocate_shared_memory(gl.bfloat16, [16, WIDE], FLAT2)
     dfull = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
     dempty = gl.allocate_shared_memory(gl.int64, [DENSE, 1], mbarrier.MBarrierLayout())
@@ -1072,15 +1093,16 @@ def step_kernel(
         mbarrier.init(efull.index(s), count=1)
         mbarrier.init(eempty.index(s), count=1)
     mbarrier.init(routed.index(0), count=1)
+    _, _, _, _, signed = parts_of(sums, gl.load(counter), S, E2)
     gl.warp_specialize(
         [
             (consumer, (token, position, counter, embedding, norms, moe_norms, final_norm,
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, rows, qs, numbers, trace, S, E2)),
+                        eempty, chosen, routed, xs, hscale, rows, qs, trace, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (expert64, expert16, expert8, ebig, esmall, escales, efull, eempty,
+            (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales, efull, eempty,
                                chosen, routed, S)),
         ],
         [1, 1],

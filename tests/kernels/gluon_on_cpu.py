@@ -103,6 +103,12 @@ class T:
 class Count(int):
     """A loop's number: a scalar that can be cast."""
 
+    def __add__(self, other: Any) -> Any:
+        return Count(int(self) + other) if isinstance(other, int) else T(int(self)) + other
+
+    def __mul__(self, other: Any) -> Any:
+        return Count(int(self) * other) if isinstance(other, int) else T(int(self)) * other
+
     def to(self, dtype: Any) -> T:
         return T(np.dtype(dtype).type(self))
 

@@ -59,7 +59,14 @@ def handlers(modules):
                 return T((words & 0xFFFFFFFF).astype(np.uint32).view(np.int32).astype(np.int64))
             gluon_on_cpu._watch.pause()
 
-    found = {exchange.NOW: now, exchange.SUM_IF: sums_if, exchange.TAGGED_IF: tagged_if}
+    def signed(ptrs, count):
+        while True:
+            word = ptrs.memory[ptrs.at].copy()
+            if (int(word) - int(raw(count))) & 255 == 0:
+                return T(word)
+            gluon_on_cpu._watch.pause()
+
+    found = {exchange.SIGNED: signed, exchange.NOW: now, exchange.SUM_IF: sums_if, exchange.TAGGED_IF: tagged_if}
     found[exchange._TWO] = two
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
