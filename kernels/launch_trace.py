@@ -1,6 +1,7 @@
 """When the programs of launched kernels started, had waited and ended, by the GPU's clock.
 
-Kernels that take a `trace` write three times for each program (kernels/dependent_launch.stamp).
+Kernels that take a `trace` write three times for each program (kernels/dependent_launch.stamp), a
+kernel of several parts three for each part.
 Inside trace_launches every launch of such a kernel is given a tensor for them, so the code that
 launches knows nothing of it.
 """
@@ -8,7 +9,7 @@ launches knows nothing of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,21 @@ class TracedLaunch:
 
     kernel: str
     operands: frozenset[int]  # addresses of its tensors
-    stamps: Tensor  # [programs, 3] int64 ns on the device: start, after the wait, end; 0: not there
+    parts: tuple[str, ...]  # what the kernel does one after the other; empty: one thing
+    stamps: Tensor  # [programs, parts or 1, 3] int64 ns: start, after the wait, end; 0: not there
+
+
+_parts_of: dict[str, Callable[..., tuple[str, ...]]] = {}  # of kernels that do several things
+
+
+def traced_parts(kernel: JITFunction) -> Callable[[Callable], Callable]:
+    """A decorator: the function says of a launch's keyword arguments what its parts are for."""
+
+    def register(parts: Callable[..., tuple[str, ...]]) -> Callable[..., tuple[str, ...]]:
+        _parts_of[kernel.fn.__name__] = parts
+        return parts
+
+    return register
 
 
 @contextmanager
@@ -47,14 +62,15 @@ def trace_launches(again: Sequence[TracedLaunch] = ()) -> Iterator[list[TracedLa
             place = kernel.arg_names.index(_TRACE)
             assert len(args) > place and args[place] is None, kernel.fn.__name__
             tensors = [value for value in args if isinstance(value, Tensor)]
+            names = _parts_of.get(kernel.fn.__name__, lambda **_: ())(**kwargs)
+            shape = (math.prod(grid), max(1, len(names)), 3)
             if again:
                 stamps = again[len(found)].stamps
-                assert len(stamps) == math.prod(grid), kernel.fn.__name__
+                assert stamps.shape == shape, kernel.fn.__name__
             else:
-                shape = (math.prod(grid), 3)
                 stamps = torch.zeros(shape, dtype=torch.int64, device=tensors[0].device)
             addresses = frozenset(tensor.data_ptr() for tensor in tensors)
-            found.append(TracedLaunch(kernel.fn.__name__, addresses, stamps))
+            found.append(TracedLaunch(kernel.fn.__name__, addresses, names, stamps))
             args = (*args[:place], stamps, *args[place + 1 :])
         return launch(kernel, *args, grid=grid, warmup=warmup, **kwargs)
 

@@ -10,7 +10,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.persistent.sizes import ROUTER_COLUMNS, ROW_BYTES, TILE_ROWS, StepSizes, cdiv
+from kernels.launch_trace import traced_parts
+from kernels.persistent.sizes import PHASES, ROUTER_COLUMNS, ROW_BYTES, TILE_ROWS, StepSizes, cdiv
 from kernels.persistent.step import step_kernel
 
 CACHE_UNIT = 64  # numbers in which the cache table counts
@@ -117,14 +118,18 @@ def launch(
     sizes: StepSizes,
     tensors: tuple[Tensor, ...],
     descs: tuple[TensorDescriptor, ...],
-    trace: Tensor | None = None,
 ) -> None:
     """One step: logits of the token at its position; reads every active weight once.
 
     tensors, descs:  of arguments() and descriptors()
-    trace:           [programs, L, EVENTS] int64, written: when phases ended, for the time line
     """
-    step_kernel[(sizes.programs,)](*tensors, *descs, trace, **_options(sizes))
+    step_kernel[(sizes.programs,)](*tensors, *descs, None, **_options(sizes))
+
+
+@traced_parts(step_kernel)
+def phases(S: StepSizes, **_: Any) -> tuple[str, ...]:
+    """What each row of the kernel's trace is for."""
+    return PHASES * S.layers + ("head",)
 
 
 def compile_step(sizes: StepSizes, device: torch.device) -> None:

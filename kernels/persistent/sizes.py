@@ -17,6 +17,9 @@ SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
 ROW_BYTES = 256  # in which tiles are counted
 PIECE_ROWS = PIECE_CHUNKS * CHUNK_BYTES // ROW_BYTES
 EXPERT_ROWS = PIECE_ROWS + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES  # of an expert's tile
+PHASES = (  # of a layer, by their names in the roofline
+    *("qkv", "attention", "output projection", "router", "experts gate_up", "experts down"),
+)
 ROUTER_COLUMNS = 128  # of the vector that one program of the router takes
 
 

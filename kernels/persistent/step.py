@@ -49,25 +49,28 @@ from kernels.persistent.multiply import (
 NONE = gl.constexpr(-1e30)
 EXPERT_ROWS = gl.constexpr(sizes.EXPERT_ROWS)
 SAME = gl.constexpr("mov.b32 $0, $1;")
-EVENTS = gl.constexpr(20)
 # Since Triton 3.7 it has another name.
 wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
+# Phases of a layer, and times of a phase, as the trace has them.
+QKV, ATTENTION, OUT, ROUTER, GATE_UP, DOWN = (gl.constexpr(i) for i in range(6))
+PHASES = gl.constexpr(len(sizes.PHASES))
+BEGINS, READY, ENDS = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+CLOCK = gl.constexpr("mov.u64 $0, %globaltimer; // $1")
+
+
 @gluon.jit
-def stamp(trace, layer, event: gl.constexpr, S: gl.constexpr):
-    """Write the time in ns to trace [programs, layers, EVENTS]."""
+def stamp(trace, layer, phase, which: gl.constexpr, on, S: gl.constexpr):
+    """Write the time in ns to trace [programs, layers * PHASES + 1, 3] if `on`: a phase's begin,
+    when what it waits for is there, its end. Nothing if trace is None, as it is but for the time
+    line; the head is phase 0 of a layer behind the last."""
     if trace is not None:
         now = gl.inline_asm_elementwise(
-            "mov.u64 $0, %globaltimer; // $1",
-            "=l,r",
-            [layer],
-            dtype=gl.int64,
-            is_pure=False,
-            pack=1,
-        )
-        place = (gl.program_id(0) * S.layers + layer) * EVENTS + event
-        gl.store(trace + place, now)
+            CLOCK, "=l,r", [gl.program_id(0)], dtype=gl.int64, is_pure=False, pack=1
+        )  # fmt: skip
+        row = gl.program_id(0) * (S.layers * PHASES + 1) + layer * PHASES + phase
+        gl.store(trace + row * 3 + which, now, mask=on)
 
 
 @gluon.jit
@@ -452,7 +455,7 @@ def _turn(
     found = wait_for_tagged(squares + gl.minimum(groups, S.norm_groups - 1), tag, 4)
     factor = gl.rsqrt(gl.sum(gl.where(groups < S.norm_groups, found, 0.0), 0) / S.width + S.eps)
     lo, hi = wait_for_qkv(qkv, kv_head, old_lo, old_hi, layer, S)
-    stamp(trace, layer, 4, S)
+    stamp(trace, layer, ATTENTION, READY, True, S)
     if S.fp8:
         lo = lo * (factor * scale_lo) + bias_lo
         hi = hi * (factor * scale_hi) + bias_hi
@@ -599,6 +602,7 @@ def route_part(
     tag,
     sums,
     squares,
+    trace,
     S: gl.constexpr,
     E2: gl.constexpr,
 ):
@@ -618,6 +622,7 @@ def route_part(
     weight = gl.load(norm_ptr + k).to(gl.float32)
     zero = gl.zeros_like(k.to(gl.int64))
     x = gl.where(inside, sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 4), zero), 0.0)
+    stamp(trace, layer, ROUTER, READY, True, S)
     z = gl.sum(w.to(gl.float32) * (x * weight)[None, :], 1)
     add_to_sums(sums + row, z, 1, e < S.experts)
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
@@ -631,7 +636,9 @@ def route_part(
 
 
 @gluon.jit
-def choose(layer, bias, old, tag, sums, squares, shared, S: gl.constexpr, E2: gl.constexpr):
+def choose(
+    layer, bias, old, tag, sums, squares, shared, trace, S: gl.constexpr, E2: gl.constexpr
+):  # fmt: skip
     """The experts of this token by falling logit, their weights, the norm's factor, new olds.
 
     One thread waits for each number; then every warp chooses alone: 128 logits are four a lane.
@@ -651,6 +658,7 @@ def choose(layer, bias, old, tag, sums, squares, shared, S: gl.constexpr, E2: gl
     found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
     shared.store(gl.where(i < 128, sum_of(words, old), found))
     wait_for_warps()
+    stamp(trace, layer, ROUTER, READY, duty(gl.program_id(0), S) >= S.router_programs, S)
     p = gl.arange(0, 32, layout=PARTS)
     squared = gl.where(p < S.router_programs, shared.slice(128, 32).load(PARTS), 0.0)
     factor = gl.rsqrt(gl.sum(squared, 0) / S.width + S.eps)
@@ -778,12 +786,14 @@ def _head(
     empty,
     scale_ptr,
     logits,
+    trace,
     S: gl.constexpr,
 ):
     """Logits: the whole residual times this program's blocks of rows."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     squares = 0.0
+    stamp(trace, S.layers, 0, BEGINS, True, S)
     for column in range(S.width_columns):
         g, x, ss = _residual_slice(x_ptr, norm_ptr, count, column, S)
         squares += gl.sum(ss, 0)
@@ -791,6 +801,7 @@ def _head(
         hscale.index(column).store(gl.zeros([1], gl.float32, layout=ONE) + unscale)
     factor = gl.rsqrt(squares / S.width + S.eps)
     _slice_stored()
+    stamp(trace, S.layers, 0, READY, True, S)
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     program = gl.program_id(0)
@@ -814,6 +825,7 @@ def _head(
         if S.fp8:
             value *= scale
         gl.store(logits + row, value, mask=row < S.vocabulary)
+    stamp(trace, S.layers, 0, ENDS, True, S)
 
 
 # ------------------------------------------------------------------------------------ consumers
@@ -910,13 +922,14 @@ def consumer(
     count = 1  # contributions to a row of the residual so far
     for layer in range(S.layers):
         tag = launch * S.layers + layer + 1
-        stamp(trace, layer, 0, S)
         # ---- qkv, then attention and output projection: one copy of the code for both
         for half in range(2):
             qkv_column, qkv0, qkv1 = share(anew(program), S.width_columns, S.qkv_blocks, S)
             out_column, out0, out1 = share(anew(program), S.out_columns, S.out_blocks, S)
             first = gl.where(half == 0, qkv0, out0)
             last = gl.where(half == 0, qkv1, out1)
+            phase = gl.where(half == 0, QKV, OUT)
+            stamp(trace, layer, phase, BEGINS, first < last, S)
             if half == 1:
                 if first < last:
                     once = gl.where(out_column == 0, 1.0, 0.0)
@@ -932,12 +945,13 @@ def consumer(
                     k_cache = cache + gl.load(cache_table + layer * 4) * 64
                     v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
                     slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
+                    stamp(trace, layer, ATTENTION, BEGINS, True, S)
                     attend(
                         old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start,
                         tag, squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias,
                         sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
                     )  # fmt: skip
-                stamp(trace, layer, 6, S)
+                    stamp(trace, layer, ATTENTION, ENDS, True, S)
             unscale = 1.0
             if first < last:
                 if half == 0:
@@ -955,9 +969,7 @@ def consumer(
             _slice_stored()
             if half == 0:
                 sign(signed)
-                stamp(trace, layer, 1, S)
-            else:
-                stamp(trace, layer, 7, S)
+            stamp(trace, layer, phase, READY, first < last, S)
             sums_at = residual + gl.where(half == 0, S.out_blocks * 128, 0)
             dn = _dense_tiles(
                 first,
@@ -975,23 +987,22 @@ def consumer(
                 sums_at,
                 S,
             )
-            if half == 0:
-                stamp(trace, layer, 3, S)
-            else:
-                stamp(trace, layer, 9, S)
+            stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.out_columns
         # ---- router
         part = duty(anew(program), S)
+        stamp(trace, layer, ROUTER, BEGINS, True, S)
         if part < S.router_programs:
             route_part(
                 part, layer, residual, moe_norms + layer * S.width, router, count, tag,
-                router_sums, router_squares, S, E2,
+                router_sums, router_squares, trace, S, E2,
             )  # fmt: skip
-        stamp(trace, layer, 10, S)
         # ---- gate_up, then down
         unscale = 1.0
         for half in range(2):
             place, column, first, last = expert_share(half, anew(program), S)
+            phase = gl.where(half == 0, GATE_UP, DOWN)
+            stamp(trace, layer, phase, BEGINS, first < last, S)
             if first < last:
                 if half == 0:
                     x = _gate_up_slice(residual, moe_norms + layer * S.width, count, column, S)
@@ -1002,25 +1013,20 @@ def consumer(
                 store_fp8_terms(x, estore.index(half * (APART // 16)), 16)
                 unscale *= 64.0
             if half == 0:
-                stamp(trace, layer, 11, S)
                 ids, mixing, factor, old_router = choose(
-                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers, S, E2
+                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers, trace, S, E2
                 )
+                stamp(trace, layer, ROUTER, ENDS, True, S)
                 for j in gl.static_range(4):
                     chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
                 mbarrier.arrive(routed.index(0), count=1)
                 worker = duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
                     old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
-                stamp(trace, layer, 12, S)
-            else:
-                stamp(trace, layer, 15, S)
             _slice_stored()
             if half == 0:
                 sign(signed + 1)
-                stamp(trace, layer, 13, S)
-            else:
-                stamp(trace, layer, 16, S)
+            stamp(trace, layer, phase, READY, first < last, S)
             up = (S.out_blocks + S.qkv_blocks + place * S.gate_up_blocks) * 128
             sums_at = residual + gl.where(half == 0, up, 0)
             en = _expert_tiles(
@@ -1029,10 +1035,7 @@ def consumer(
                 gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, xe,
                 half * APART, efull, eempty, sums_at, S,
             )  # fmt: skip
-            if half == 0:
-                stamp(trace, layer, 14, S)
-            else:
-                stamp(trace, layer, 18, S)
+            stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.top_k * S.down_columns
     _head(
         dn,
@@ -1048,6 +1051,7 @@ def consumer(
         dempty,
         head_scale,
         logits,
+        trace,
         S,
     )
     if program == 0:
@@ -1059,7 +1063,7 @@ def consumer(
 def step_kernel(
     token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias, sinks,
     out_scale, out_bias, router, router_bias, head_scale, cos, sin, cache,
-    cache_table, sums, tagged, logits, dense64, dense16, expert64, expert16, expert8, trace,
+    cache_table, sums, tagged, logits, dense64, dense16, expert64, expert16, expert8, trace_ptr,
     S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
@@ -1100,7 +1104,7 @@ def step_kernel(
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, rows, qs, trace, S, E2)),
+                        eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales, efull, eempty,
                                chosen, routed, S)),

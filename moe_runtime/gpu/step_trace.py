@@ -22,7 +22,8 @@ _STEPS_IN_A_ROW = 3  # of which the last is looked at
 
 @dataclass(frozen=True)
 class LaunchTimes:
-    """One launch: what it is for, and when its programs started, had waited and ended."""
+    """One launch, or one part of it: what it is for, and when its programs started, had waited and
+    ended."""
 
     component: str
     kernel: str
@@ -73,8 +74,10 @@ def trace_step(step: CapturedStep, position: int, names: Mapping[int, str]) -> S
 
 
 def named(launches: Iterable[TracedLaunch], names: Mapping[int, str]) -> Iterable[LaunchTimes]:
-    """Launches by what they are for, their stamps on the CPU."""
+    """Launches, or their parts, by what they are for; their stamps on the CPU."""
     for launch in launches:
         component = next((names[at] for at in launch.operands if at in names), OTHER)
         stamps = launch.stamps.cpu()
-        yield LaunchTimes(component, launch.kernel, stamps[stamps[:, 2] > 0])
+        for i, name in enumerate(launch.parts or (component,)):
+            part = stamps[:, i]
+            yield LaunchTimes(name, launch.kernel, part[part[:, 2] > 0])

@@ -1,10 +1,14 @@
 """The persistent step on a CPU against the twins of the step of several kernels."""
 
+import sys
+import time
+
 import numpy as np
 import pytest
 import torch
 
 from kernels.persistent.launch import arguments, padded_experts
+from kernels.persistent.sizes import PHASES
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import expected_logits, step_model
@@ -73,6 +77,7 @@ def handlers(modules):
             found[getattr(exchange, name + str(n))] = handler
     found[multiply._DECODE] = decode
     found[step.SAME] = lambda x: x
+    found[step.CLOCK] = lambda x: T(np.int64(time.monotonic_ns()))
     return found
 
 
@@ -89,7 +94,7 @@ def kernel():
     return module.step_kernel
 
 
-def run(kernel, model, position):
+def run(kernel, model, position, trace=None):
     s, w = model.sizes, model.weights
     logits = torch.full((s.vocabulary,), float("nan"))
     tensors = arguments(
@@ -98,7 +103,8 @@ def run(kernel, model, position):
     )  # fmt: skip
     descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (64, 16)]
     descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
-    args = (*(gluon_on_cpu.pointer(t) for t in tensors), *descs, None, s, padded_experts(s))
+    trace = None if trace is None else gluon_on_cpu.pointer(trace)
+    args = (*(gluon_on_cpu.pointer(t) for t in tensors), *descs, trace, s, padded_experts(s))
     gluon_on_cpu.launch(kernel, s.programs, args)
     return logits
 
@@ -109,3 +115,39 @@ def test_the_step_is_its_twins(kernel, fp8):
     for position in (5, 0, 300):
         actual = run(kernel, model, position)
         assert_close(actual, expected_logits(model, position), "decode_step")
+
+
+def test_the_trace_has_the_times_of_every_phase(kernel):
+    model = step_model(fp8=True)
+    s = model.sizes
+    trace = torch.zeros(s.programs, len(PHASES) * s.layers + 1, 3, dtype=torch.int64)
+    run(kernel, model, 5, trace)
+    did = trace[..., 2] > 0
+    assert did[:, -1].all() and (trace[~did][:, 2] == 0).all()
+    begun, ready, ended = trace[did].unbind(1)
+    assert (0 < begun).all() and (begun <= ready).all() and (ready <= ended).all()
+    by_phase = did[:, :-1].view(s.programs, s.layers, -1).sum(0)
+    assert (by_phase == by_phase[0]).all()
+    work = dict(zip(PHASES, by_phase[0].tolist(), strict=True))
+    assert work["router"] == s.programs and work["attention"] == s.kv_heads
+    assert work["experts gate_up"] == work["experts down"] == s.top_k * 2
+    # No program has what it waits for before those that it comes from had what they waited for.
+    trace = trace[:, :-1].view(s.programs, s.layers, len(PHASES), 3)
+    did = did[:, :-1].view(trace.shape[:3])
+    first_ready = torch.where(did, trace[..., 1], 1 << 62).amin(0)
+    last_ready = torch.where(did, trace[..., 1], 0).amax(0)
+    assert (first_ready[:, PHASES.index("router")] > last_ready[:, PHASES.index("qkv")]).all()
+    assert (first_ready[1:, 0] > last_ready[:-1, PHASES.index("experts gate_up")]).all()
+
+
+def test_no_order_of_programs_stops_it(kernel):
+    """Threads that change places at any time: a program may be late by whole phases."""
+    before = sys.getswitchinterval()
+    model = step_model(fp8=True)
+    expected = expected_logits(model, 5)
+    try:
+        for interval in (1e-6, 1e-5, 1e-4, 1e-3) * 5:
+            sys.setswitchinterval(interval)
+            assert_close(run(kernel, model, 5), expected, "decode_step")
+    finally:
+        sys.setswitchinterval(before)

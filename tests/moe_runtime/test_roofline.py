@@ -89,7 +89,8 @@ def test_bytes_are_those_of_the_plan():
 def test_launches_are_named_by_the_weight_that_they_read():
     class Launch:
         kernel = "_gemv_kernel"
-        stamps = torch.tensor([[1, 2, 3], [1, 0, 0]])  # the second program had no work
+        parts = ()
+        stamps = torch.tensor([[[1, 2, 3]], [[1, 0, 0]]])  # the second program had no work
 
         def __init__(self, *operands):
             self.operands = frozenset(operands)
@@ -97,6 +98,12 @@ def test_launches_are_named_by_the_weight_that_they_read():
     found = list(named([Launch(1, 77), Launch(88, 2), Launch(3)], {77: "qkv", 88: "head"}))
     assert [one.component for one in found] == ["qkv", "head", "other"]
     assert found[0].stamps.tolist() == [[1, 2, 3]]
+    several = Launch(77)
+    several.parts = ("router", "head")
+    several.stamps = torch.tensor([[[1, 2, 3], [4, 5, 6]], [[1, 0, 0], [4, 5, 7]]])
+    router, head = named([several], {77: "qkv"})
+    assert (router.component, head.component) == ("router", "head")
+    assert router.stamps.tolist() == [[1, 2, 3]] and len(head.stamps) == 2
 
 
 def test_the_picture(trace):
