@@ -300,21 +300,22 @@ def _launch(
         tile = replace(tile, block_n=TILE_ROWS)
         assert activation is None or (step, to_up) == (2, 1), activation
         values, scales, tensor_scale = weight.tiles, None, None
-        formats = dict(
-            CODES="e2m1", SCALES="e8m0", SCALE_ROWS=1, SCALE_COLUMNS=32, SCALES_PER_EXPERT=0,
-            TILED=True, TILES_PER_EXPERT=weight.tiles.shape[1], FIRST_TILE=weight.first_tile,
-        )  # fmt: skip
+        formats = {
+            "CODES": "e2m1", "SCALES": "e8m0", "SCALE_ROWS": 1, "SCALE_COLUMNS": 32,
+            "SCALES_PER_EXPERT": 0, "TILED": True, "TILES_PER_EXPERT": weight.tiles.shape[1],
+            "FIRST_TILE": weight.first_tile,
+        }  # fmt: skip
     else:
         codes = codes_of(weight.format).name
         values = weight.values if codes == "bf16" else as_words(weight)
         scales, tensor_scale = scale_bytes(weight), weight.tensor_scale
         scale_rows, scale_columns = scale_block(weight)
         assert scale_columns >= columns or max(scale_columns, tile.block_k) % tile.block_k == 0
-        formats = dict(
-            CODES=codes, SCALES=scales_of(weight.format), SCALE_ROWS=scale_rows,
-            SCALE_COLUMNS=scale_columns, TILED=False, TILES_PER_EXPERT=0, FIRST_TILE=0,
-            SCALES_PER_EXPERT=0 if weight.scales is None else weight.scales[0].numel(),
-        )  # fmt: skip
+        formats = {
+            "CODES": codes, "SCALES": scales_of(weight.format), "SCALE_ROWS": scale_rows,
+            "SCALE_COLUMNS": scale_columns, "TILED": False, "TILES_PER_EXPERT": 0, "FIRST_TILE": 0,
+            "SCALES_PER_EXPERT": 0 if weight.scales is None else weight.scales[0].numel(),
+        }  # fmt: skip
     _moe_gemm_kernel[(blocks, triton.cdiv(rows, tile.block_n))](
         x,
         values,

@@ -194,8 +194,9 @@ def fit(
     if longest >= MIN_CONTEXT:
         hint = f"a context of {longest} tokens fits: max_context={longest} (--max-context)"
     else:
+        weights = plan.total_weight_bytes + plan.more.tiles
         hint = (
-            f"weights alone take {gb(plan.total_weight_bytes + plan.more.tiles)}: it needs a device with "
+            f"weights alone take {gb(weights)}: it needs a device with "
             f"{gb(smallest.total_bytes)} free, or device='cpu' (slow)"
         )
     raise DoesNotFitError(

@@ -139,7 +139,7 @@ def wait_for_signatures(ptr, count):
 
 @gluon.jit
 def wait_for_all_to_sign(ptr, count):
-    """One thread of the program waits until a word has as many contributions since it was cleared."""
+    """One thread of the program waits until a word has `count` contributions since it was zero."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     i = gl.arange(0, 256, layout=L)
     wait_for_sums_if(ptr + i * 0, gl.full([256], 0, gl.int64, layout=L), count, i == 0)

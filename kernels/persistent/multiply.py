@@ -1,8 +1,8 @@
 """A tile of weights times a slice of the vector, on tensor cores.
 
 The weights are the operand of 128 rows; the vector stands in columns of the other, as three terms
-that add up to it: of bf16, or of E4M3, each 2^-4 of the last (12 bits in all, as fp16 has). A slice has
-one power of two in front, so that E4M3 holds its largest number.
+that add up to it: of bf16, or of E4M3, each 2^-4 of the last (12 bits in all, as fp16 has). A slice
+has one power of two in front, so that E4M3 holds its largest number.
 
 E2M1 codes become E4M3 in registers: value times 2^-6, exact. A 32-bit word holds eight codes, four
 of row r in bits 7 and 4..2 of its bytes, four of row r + 8 in bit 5 and bits 6, 1, 0.
@@ -133,7 +133,9 @@ def dense_pieces(p, big, small, xs, x, slot, slot2, FIRST: gl.constexpr):
         )  # fmt: skip
     p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
     for c in gl.static_range(4):
-        p = warpgroup_mma(big.index(slot2 * 4 + c), xs.index(x + 5 + c).permute([1, 0]), p, is_async=True)
+        p = warpgroup_mma(
+            big.index(slot2 * 4 + c), xs.index(x + 5 + c).permute([1, 0]), p, is_async=True
+        )
     p = warpgroup_mma(small.index(slot2), xs.index(x + 9).permute([1, 0]), p, is_async=True)
     return warpgroup_mma_wait(0, deps=[p])
 

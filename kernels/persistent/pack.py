@@ -1,11 +1,11 @@
 """Weights laid out for the persistent step: tiles in the order in which they are multiplied.
 
-    dense    128 rows x 320 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16), a
-             row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
+    dense    128 rows x 320 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16),
+             a row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
-    experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words of
-             scales, 4 groups of 32 columns in each; of the last two, which no group takes, the rows'
-             biases in bf16, or zero behind the first column of tiles
+    experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words
+             of scales, 4 groups of 32 columns in each. The last word has two groups only: above
+             them is the row's bias in bf16, zero but in the first column of tiles
 
 A chunk of an expert is [8 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
 the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:

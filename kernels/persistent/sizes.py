@@ -17,6 +17,7 @@ SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
 ROW_BYTES = 256  # in which tiles are counted
 PIECE_ROWS = PIECE_CHUNKS * CHUNK_BYTES // ROW_BYTES
 EXPERT_ROWS = PIECE_ROWS + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES  # of an expert's tile
+OTHER_BYTES = 6656  # of shared memory: queries, barriers, scratch of sums over warps
 PHASES = (  # of a layer, by their names in the roofline
     *("qkv", "attention", "output projection", "router", "experts gate_up", "experts down"),
 )
@@ -55,9 +56,11 @@ class StepSizes:
     def __post_init__(self) -> None:
         experts = self.top_k * max(self.gate_up_columns, self.down_columns)
         phases = (self.width_columns, self.out_columns, experts, self.router_programs)
-        assert max(phases) <= self.programs
-        assert self.splits * self.kv_heads <= self.programs
-        assert self.norm_groups <= 256 and self.router_programs <= 32
+        needed = max(*phases, self.splits * self.kv_heads)
+        if needed > self.programs:
+            raise ValueError(f"{self.programs} processors are too few: it needs {needed}")
+        if self.norm_groups > 256 or self.router_programs > 32:
+            raise ValueError(f"a width of {self.width} is too much for it")
 
     # --- dense tiles
     @property
@@ -170,10 +173,10 @@ class StepSizes:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a program, but for barriers."""
+        """Shared memory of a program."""
         rings = self.dense_slots * PIECE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
         slices = 2 * self.slice_groups * 256
-        return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4
+        return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + OTHER_BYTES
 
     @property
     def head_slices_bytes(self) -> int:

@@ -20,7 +20,7 @@ The norm's factor is one number for all rows: it multiplies what was summed, whe
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.persistent import sizes
 from kernels.persistent.exchange import (
@@ -37,6 +37,7 @@ from kernels.persistent.exchange import (
     wait_for_two_sums,
     words_now,
 )
+from kernels.persistent.gluon_names import copy_rows, seen_as, wait_for_warps
 from kernels.persistent.multiply import (
     dense_pieces,
     expert_tile,
@@ -49,8 +50,6 @@ from kernels.persistent.multiply import (
 NONE = gl.constexpr(-1e30)
 EXPERT_ROWS = gl.constexpr(sizes.EXPERT_ROWS)
 SAME = gl.constexpr("mov.b32 $0, $1;")
-# Since Triton 3.7 it has another name.
-wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier
 
 
 # Phases of a layer, and times of a phase, as the trace has them.
@@ -139,8 +138,8 @@ def _dense_line(
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
         mbarrier.expect(bar, 80 * 256)
-        tma.async_copy_global_to_shared(desc64, [i * 80, 0], bar, big.index(slot))
-        tma.async_copy_global_to_shared(desc16, [i * 80 + 64, 0], bar, small.index(slot))
+        copy_rows(desc64, [i * 80, 0], bar, big.index(slot))
+        copy_rows(desc16, [i * 80 + 64, 0], bar, small.index(slot))
         n += 1
     return n
 
@@ -173,9 +172,9 @@ def _expert_line(
         at = (base + i) * EXPERT_ROWS
         bar = full.index(slot)
         mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
-        tma.async_copy_global_to_shared(desc64, [at, 0], bar, big.index(slot))
-        tma.async_copy_global_to_shared(desc16, [at + 64, 0], bar, small.index(slot))
-        tma.async_copy_global_to_shared(desc8, [at + 80, 0], bar, scales.index(slot))
+        copy_rows(desc64, [at, 0], bar, big.index(slot))
+        copy_rows(desc16, [at + 64, 0], bar, small.index(slot))
+        copy_rows(desc8, [at + 80, 0], bar, scales.index(slot))
         n += 1
     return n
 
@@ -300,7 +299,9 @@ def _down_slice(sums_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
     complete = gl.zeros_like(old_gate) + S.gate_up_columns
-    gates, ups = wait_for_two_sums(sums_ptr + 2 * k, sums_ptr + 2 * k + 1, old_gate, old_up, complete)
+    gates, ups = wait_for_two_sums(
+        sums_ptr + 2 * k, sums_ptr + 2 * k + 1, old_gate, old_up, complete
+    )
     gate = sum_of(gates, old_gate) * factor
     up = sum_of(ups, old_up) * factor
     gate = gl.minimum(gate, S.limit)
@@ -500,7 +501,7 @@ def attend(
     s = begin
     more = True
     while more:
-        # In the first turn, what earlier tokens left is asked for before this token's is waited for.
+        # In the first turn, earlier tokens' rows are asked for before this one's is waited for.
         k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
         if s == begin:
             _turn(
@@ -520,12 +521,10 @@ def attend(
                 trace,
                 S,
             )
-            rows = qs._reinterpret(
-                gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+            rows = seen_as(
+                qs, gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
             )
-            whole = qs._reinterpret(
-                gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-            )
+            whole = seen_as(qs, gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
             q_lo = qs.slice(0, C // 2, dim=1).load(A)
             q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
             if split == 0:
@@ -702,7 +701,7 @@ def _wait_full(full, n, slots: gl.constexpr):
 
 @gluon.jit
 def _dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
-    """Sums [128, 8] of the tile that begins with the ring's piece n; the next tile's first piece."""
+    """Sums [128, 8] of the tile that begins with the ring's piece n, and where the next begins."""
     acc = zero
     PAIRS: gl.constexpr = S.pieces // 2
     for pair in gl.static_range(PAIRS):
@@ -795,7 +794,7 @@ def _head(
     squares = 0.0
     stamp(trace, S.layers, 0, BEGINS, True, S)
     for column in range(S.width_columns):
-        g, x, ss = _residual_slice(x_ptr, norm_ptr, count, column, S)
+        _, x, ss = _residual_slice(x_ptr, norm_ptr, count, column, S)
         squares += gl.sum(ss, 0)
         unscale = _store_dense(x, store, column, S)
         hscale.index(column).store(gl.zeros([1], gl.float32, layout=ONE) + unscale)
@@ -871,27 +870,27 @@ def consumer(
     # The head's slices stand where the experts' tiles did. Two slices in xs: of this phase and of
     # the next, for warps that are behind.
     if S.fp8:
-        big = dbig._reinterpret(gl.float8e4nv, [SLOTS * 4, 128, 32], SWIZZLED8)
-        small = dsmall._reinterpret(gl.float8e4nv, [SLOTS, 128, 32], SWIZZLED8)
-        xd = xs._reinterpret(gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
-        xstore = xs._reinterpret(gl.float8e4nv, [2, APART, 8, 32], SWIZZLED8_3)
-        xh = ebig._reinterpret(gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
-        hstore = ebig._reinterpret(gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
+        big = seen_as(dbig, gl.float8e4nv, [SLOTS * 4, 128, 32], SWIZZLED8)
+        small = seen_as(dsmall, gl.float8e4nv, [SLOTS, 128, 32], SWIZZLED8)
+        xd = seen_as(xs, gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
+        xstore = seen_as(xs, gl.float8e4nv, [2, APART, 8, 32], SWIZZLED8_3)
+        xh = seen_as(ebig, gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
+        hstore = seen_as(ebig, gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
     else:
-        big = dbig._reinterpret(gl.bfloat16, [SLOTS * 4, 128, 16], SWIZZLED16)
-        small = dsmall._reinterpret(gl.bfloat16, [SLOTS, 128, 16], SWIZZLED16)
-        xd = xs._reinterpret(gl.bfloat16, [2 * APART, 8, 16], SWIZZLED16)
-        xstore = xs._reinterpret(gl.bfloat16, [2, APART, 8, 16], SWIZZLED16_3)
-        xh = ebig._reinterpret(gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
-        hstore = ebig._reinterpret(gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
-    xe = xs._reinterpret(gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
-    estore = xs._reinterpret(gl.float8e4nv, [APART // 8, 16, 8, 32], SWIZZLED8_3)
-    wbig = ebig._reinterpret(gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
-    wsmall = esmall._reinterpret(gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
-    wscales = escales._reinterpret(gl.int32, [S.expert_slots * 4, 128], FLAT)
+        big = seen_as(dbig, gl.bfloat16, [SLOTS * 4, 128, 16], SWIZZLED16)
+        small = seen_as(dsmall, gl.bfloat16, [SLOTS, 128, 16], SWIZZLED16)
+        xd = seen_as(xs, gl.bfloat16, [2 * APART, 8, 16], SWIZZLED16)
+        xstore = seen_as(xs, gl.bfloat16, [2, APART, 8, 16], SWIZZLED16_3)
+        xh = seen_as(ebig, gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
+        hstore = seen_as(ebig, gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
+    xe = seen_as(xs, gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
+    estore = seen_as(xs, gl.float8e4nv, [APART // 8, 16, 8, 32], SWIZZLED8_3)
+    wbig = seen_as(ebig, gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
+    wsmall = seen_as(esmall, gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
+    wscales = seen_as(escales, gl.int32, [S.expert_slots * 4, 128], FLAT)
 
-    staged = rows._reinterpret(gl.float32, [2, S.most_blocks, 128], FLAT2)
-    numbers = qs._reinterpret(gl.float32, [256], FLAT)
+    staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
+    numbers = seen_as(qs, gl.float32, [256], FLAT)
     program = gl.program_id(0)
     position = gl.load(position_ptr)
     launch = gl.load(counter)
@@ -1014,7 +1013,16 @@ def consumer(
                 unscale *= 64.0
             if half == 0:
                 ids, mixing, factor, old_router = choose(
-                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers, trace, S, E2
+                    layer,
+                    router_bias,
+                    old_router,
+                    tag,
+                    router_sums,
+                    router_squares,
+                    numbers,
+                    trace,
+                    S,
+                    E2,
                 )
                 stamp(trace, layer, ROUTER, ENDS, True, S)
                 for j in gl.static_range(4):
@@ -1106,8 +1114,8 @@ def step_kernel(
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
                         eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, S, E2)),
             (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales, efull, eempty,
-                               chosen, routed, S)),
+            (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales,
+                               efull, eempty, chosen, routed, S)),
         ],
         [1, 1],
         [40, 40],

@@ -73,9 +73,13 @@ def assemble(
     cache = KVCache.allocate(config, max_context, device, cache_dtype)
     positions = torch.arange(max_context, device=device)
     rope = rope_table(config.rope, config.head_width, positions)
-    tiled = isinstance(model.layers[0].gate_up, TiledExperts)
-    make = persistent.PersistentStep if tiled else DecodeStep
-    step = make(config, model, cache, rope, max_context)
+    step: CapturedStep
+    if isinstance(model.layers[0].gate_up, TiledExperts):
+        from moe_runtime.gpu.persistent_step import PersistentStep  # needs Gluon
+
+        step = PersistentStep(config, model, cache, rope, max_context)
+    else:
+        step = DecodeStep(config, model, cache, rope, max_context)
     return step, Prefill(config, model, cache, rope, min(PREFILL_CHUNK, max_context))
 
 
@@ -133,12 +137,14 @@ def compile_kernels(
     rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
     in_one = persistent.why_not(config, formats, device) is None
     if in_one:
-        persistent.compile_persistent(config, device, fp8=dense_format is not None)
+        from moe_runtime.gpu import persistent_step  # needs Gluon
+
+        persistent_step.compile_persistent(config, device, fp8=dense_format is not None)
     for pair in (None,) if in_one else formats:
         weights = zero_weights(small, device, pair, dense_format)
         step: CapturedStep
         if in_one:
-            step = persistent.Draw(small, weights, max_context)
+            step = persistent_step.Draw(small, weights, max_context)
             for filtered in (False, True):
                 step.sample_residual(filtered=filtered)
         else:

@@ -175,7 +175,9 @@ class Shared:
         size = self.data.size // self.shape[0]
         return Shared(self.data[i * size : (i + 1) * size], self.dtype, self.shape[1:], self.layout)
 
-    def _reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+    def reinterpret(
+        self, dtype: Any, shape: list[int], layout: Any, _semantic: Any = None
+    ) -> Shared:
         seen = Shared(self.data, dtype, shape, layout)
         assert np.prod(seen.shape) * seen.dtype.itemsize <= self.data.size, (shape, self.shape)
         return Shared(
@@ -341,10 +343,9 @@ class Emulated:
     @staticmethod
     def where(condition: Any, a: Any, b: Any) -> T:
         a, b = raw(a), raw(b)
-        one = a if isinstance(a, np.ndarray) else b
-        dtype = np.result_type(a, b) if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else (
-            one.dtype if isinstance(one, np.ndarray) else
-            (np.int32 if isinstance(a, int) and isinstance(b, int) else np.float32))  # fmt: skip
+        arrays = [x for x in (a, b) if isinstance(x, np.ndarray)]
+        plain = np.int32 if isinstance(a, int) and isinstance(b, int) else np.float32
+        dtype = np.result_type(*arrays) if arrays else plain
         return T(np.where(raw(condition), np.asarray(a, dtype), np.asarray(b, dtype)))
 
     @staticmethod
@@ -493,6 +494,7 @@ class Emulated:
                 gluon=types.SimpleNamespace(jit=lambda f: f)
             ),
             "triton.experimental.gluon": types.SimpleNamespace(language=self, jit=lambda f: f),
+            "triton.experimental.gluon.language._core": types.SimpleNamespace(builtin=lambda f: f),
             "triton.experimental.gluon.language.nvidia.ampere": types.SimpleNamespace(
                 mma_v2=mma_v2
             ),

@@ -14,7 +14,6 @@ from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import TINY, expected_logits, step_model
 from tests.tolerances import assert_close
 
-
 late = {"program": -1}  # a program that reads what others wrote a while after it could
 
 
@@ -46,8 +45,7 @@ def handlers(modules):
         w = raw(words).view(np.uint32)
         a = w & 0x9C9C9C9C
         b = ((w << 2) & 0x8C8C8C8C) | ((w >> 2) & 0x10101010)
-        as_bytes = lambda x: np.ascontiguousarray(x).view(np.int8).reshape(*w.shape, 4)
-        a, b = as_bytes(a), as_bytes(b)
+        a, b = (np.ascontiguousarray(x).view(np.int8).reshape(*w.shape, 4) for x in (a, b))
         return tuple(T(part[..., q, :]) for q in range(4) for part in (a, b))
 
     def now(ptrs):
@@ -83,7 +81,12 @@ def handlers(modules):
                 return T(word)
             gluon_on_cpu._watch.pause()
 
-    found = {exchange.SIGNED: signed, exchange.NOW: now, exchange.SUM_IF: sums_if, exchange.TAGGED_IF: tagged_if}
+    found = {
+        exchange.SIGNED: signed,
+        exchange.NOW: now,
+        exchange.SUM_IF: sums_if,
+        exchange.TAGGED_IF: tagged_if,
+    }
     found[exchange._TWO] = two
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
@@ -112,7 +115,8 @@ def run(kernel, model, position, trace=None):
     logits = torch.full((s.vocabulary,), float("nan"))
     tensors = arguments(
         w, model.buffers, torch.tensor([17], dtype=torch.int32),
-        torch.tensor([position], dtype=torch.int32), model.rope, model.cache.clone(), model.table, logits,
+        torch.tensor([position], dtype=torch.int32), model.rope, model.cache.clone(), model.table,
+        logits,
     )  # fmt: skip
     descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (64, 16)]
     descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
@@ -138,7 +142,7 @@ def test_the_trace_has_the_times_of_every_phase(kernel):
     did = trace[..., 2] > 0
     assert did[:, -1].all() and (trace[~did][:, 2] == 0).all()
     begun, ready, ended = trace[did].unbind(1)
-    assert (0 < begun).all() and (begun <= ready).all() and (ready <= ended).all()
+    assert (begun > 0).all() and (begun <= ready).all() and (ready <= ended).all()
     by_phase = did[:, :-1].view(s.programs, s.layers, -1).sum(0)
     assert (by_phase == by_phase[0]).all()
     work = dict(zip(PHASES, by_phase[0].tolist(), strict=True))

@@ -60,15 +60,19 @@ def step_model(
 
     layers = []
     for _ in range(s.layers):
-        layers.append(dict(
-            norm=normal(s.width, size=0.1) + 1, qkv=dense(s.qkv_rows, s.width),
-            qkv_bias=normal(s.qkv_rows, size=0.1), sinks=normal(s.heads, size=1),
-            out=dense(s.width, s.attention_width), out_bias=normal(s.width, size=0.1),
-            moe_norm=normal(s.width, size=0.1) + 1, router=normal(s.experts, s.width, size=s.width**-0.5),
-            router_bias=normal(s.experts, size=0.1), gate_up=experts(2 * s.hidden, s.width),
-            gate_up_bias=normal(s.experts, 2 * s.hidden, size=0.1), down=experts(s.width, s.hidden),
-            down_bias=normal(s.experts, s.width, size=0.1),
-        ))  # fmt: skip
+        layers.append({
+            "norm": normal(s.width, size=0.1) + 1,
+            "qkv": dense(s.qkv_rows, s.width), "qkv_bias": normal(s.qkv_rows, size=0.1),
+            "sinks": normal(s.heads, size=1),
+            "out": dense(s.width, s.attention_width), "out_bias": normal(s.width, size=0.1),
+            "moe_norm": normal(s.width, size=0.1) + 1,
+            "router": normal(s.experts, s.width, size=s.width**-0.5),
+            "router_bias": normal(s.experts, size=0.1),
+            "gate_up": experts(2 * s.hidden, s.width),
+            "gate_up_bias": normal(s.experts, 2 * s.hidden, size=0.1),
+            "down": experts(s.width, s.hidden),
+            "down_bias": normal(s.experts, s.width, size=0.1),
+        })  # fmt: skip
     embedding, head = normal(s.vocabulary, s.width, size=1), dense(s.vocabulary, s.width)
     final_norm = normal(s.width, size=0.1) + 1
     slots = [min(context, 160) if i % 2 == 0 else context for i in range(s.layers)]
@@ -83,8 +87,9 @@ def step_model(
         torch.arange(context, device=device)[:, None]
         * 0.3 ** torch.arange(half, device=device)[None, :]
     )
+    weights = step_weights(s, layers, embedding, head, final_norm)
     return StepModel(
-        s, layers, embedding, head, final_norm, step_weights(s, layers, embedding, head, final_norm),
+        s, layers, embedding, head, final_norm, weights,
         StepBuffers.allocate(s, torch.device(device)), (angle.cos(), angle.sin()), cache,
         torch.tensor(table, device=device), slots,
     )  # fmt: skip
@@ -104,15 +109,20 @@ def step_weights(s, layers, embedding, head, final_norm) -> StepWeights:
 
     tiles = [pack_dense(values(layer[name])) for layer in layers for name in ("qkv", "out")]
     tiles.append(pack_dense(values(head), by_rows=True))
-    experts = [
-        torch.cat([pack_experts(layer[n].values, layer[n].scales, layer[n + "_bias"]) for n in ("gate_up", "down")], 1)
-        for layer in layers
-    ]
+
+    def tiles_of_layer(layer) -> Tensor:
+        halves = [
+            pack_experts(layer[n].values, layer[n].scales, layer[f"{n}_bias"])
+            for n in ("gate_up", "down")
+        ]
+        return torch.cat(halves, 1)
+
     return StepWeights(
-        embedding, torch.cat(tiles), torch.cat(experts).flatten(0, 1), stack("norm"), stack("moe_norm"),
-        final_norm, scale([x["qkv"] for x in layers]), stack("qkv_bias"), stack("sinks"),
-        scale([x["out"] for x in layers]), stack("out_bias"),
-        torch.stack([pack_router(x["router"]) for x in layers]), stack("router_bias"), scale([head]),
+        embedding, torch.cat(tiles), torch.cat([tiles_of_layer(x) for x in layers]).flatten(0, 1),
+        stack("norm"), stack("moe_norm"), final_norm, scale([x["qkv"] for x in layers]),
+        stack("qkv_bias"), stack("sinks"), scale([x["out"] for x in layers]), stack("out_bias"),
+        torch.stack([pack_router(x["router"]) for x in layers]), stack("router_bias"),
+        scale([head]),
     )  # fmt: skip
 
 

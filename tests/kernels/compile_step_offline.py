@@ -1,0 +1,76 @@
+"""Compile the persistent step for sm_90 without a GPU; one JSON line a model.
+
+    python tests/kernels/compile_step_offline.py gpt-oss-20b:fp8 gpt-oss-120b:bf16
+
+In a process of its own, because the tests of values have Triton's interpreter on.
+"""
+
+import json
+import pathlib
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from kernels.persistent.launch import padded_experts
+from kernels.persistent.sizes import StepSizes
+from kernels.persistent.step import step_kernel
+from tests.kernels.compile_offline import resource_usage
+
+SHARED_BYTES = 227 << 10  # that a program may have
+MODELS = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}  # layers, experts
+FP32 = ("qkv_scale", "out_scale", "head_scale", "cos", "sin", "logits")
+OTHERS = {
+    "token": "*i32", "position": "*i32", "counter": "*i32", "cache_table": "*i64",
+    "sums": "*i64", "tagged": "*i64", "S": "constexpr", "E2": "constexpr",
+}  # fmt: skip
+COPIED = {"dense64": 64, "dense16": 16, "expert64": 64, "expert16": 16, "expert8": 8}
+
+
+def sizes(model: str, *, fp8: bool) -> StepSizes:
+    """As moe_runtime/gpu/persistent.py makes them on an H100."""
+    layers, experts = MODELS[model]
+    found = StepSizes(
+        layers=layers, width=2880, heads=64, kv_heads=8, head_width=64, experts=experts, top_k=4,
+        hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=fp8,
+        programs=132,
+    )  # fmt: skip
+    return found.with_rings(SHARED_BYTES)
+
+
+def compile_for(s: StepSizes, *, traced: bool = False) -> dict[str, int]:
+    """What the compiler says: registers, stack and shared memory in bytes."""
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+    signature = {}
+    for name in step_kernel.arg_names:
+        if name in COPIED:
+            signature[name] = f"tensordesc<u8[{COPIED[name]},256],{layout!r}>"
+        elif name == "trace_ptr":
+            signature[name] = "*i64" if traced else "constexpr"
+        else:
+            signature[name] = OTHERS.get(name, "*fp32" if name in FP32 else "*bf16")
+    constants = {"S": s, "E2": padded_experts(s)} | ({} if traced else {"trace_ptr": None})
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
+    }
+    source = GluonASTSource(step_kernel, signature, constants, aligned)
+    options = {"num_warps": 8, "launch_cooperative_grid": True}
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = resource_usage(made.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": made.metadata.shared,
+        "planned_shared_bytes": s.shared_bytes,
+    }
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        name, _, kind = argument.partition(":")
+        found = compile_for(sizes(name, fp8=kind == "fp8"))
+        print(json.dumps({"model": argument} | found), flush=True)
