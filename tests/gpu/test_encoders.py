@@ -36,7 +36,7 @@ def hard_weight() -> Tensor:
 
 
 def raw(part: Tensor | None) -> Tensor | None:
-    return None if part is None else part.cpu().contiguous().view(torch.uint8)
+    return None if part is None else part.cpu().reshape(-1).view(torch.uint8)
 
 
 @pytest.mark.parametrize(("name", "options"), MX + SEARCHES + REST, ids=str)

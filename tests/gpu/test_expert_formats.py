@@ -32,7 +32,7 @@ def layer(request):
 
     def experts(rows):
         weight = torch.randn(EXPERTS, rows, WIDTH, device="cuda") * 0.02
-        weight *= torch.exp2(torch.randint(-3, 2, (EXPERTS, rows, 1), device="cuda").float())
+        weight *= torch.exp2(torch.randint(-1, 2, (EXPERTS, rows, 1), device="cuda").float())
         weight *= torch.exp2(torch.arange(WIDTH, device="cuda") // 16 % 3).float()
         return CODECS[request.param].encode(weight)
 
@@ -75,7 +75,8 @@ def test_many_tokens_at_full_width(layer, block_rows):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_tiny_models(tmp_path, monkeypatch, format):
-    shape = {"d": 160, "f": 96, "heads": 8, "kv": 2, "hd": 64, "window": 16}
+    # As many experts as a token has: no bf16 rounding sends a token to others.
+    shape = {"d": 160, "f": 96, "heads": 8, "kv": 2, "hd": 64, "window": 16, "experts": 4}
     write_with_experts(tmp_path, format, **shape)
     ids = torch.randint(0, 256, (100,), generator=torch.Generator().manual_seed(0)).tolist()
     with (

@@ -1,0 +1,90 @@
+"""The persistent step on a Hopper GPU at the published widths, two layers of it, against its twins."""
+
+import pytest
+import torch
+
+from kernels.persistent.sizes import PHASES, StepSizes
+from tests.oracles.step_model import expected_logits, step_model
+from tests.tolerances import assert_close
+
+hopper = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+pytestmark = pytest.mark.skipif(not hopper, reason="needs a Hopper GPU")
+
+EXPERTS = {"gpt-oss-20b": 32, "gpt-oss-120b": 128}
+CONTEXT = 16384
+
+
+def sizes(experts: int) -> StepSizes:
+    found = StepSizes(
+        layers=2, width=2880, heads=64, kv_heads=8, head_width=64, experts=experts, top_k=4,
+        hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=True,
+        programs=torch.cuda.get_device_properties(0).multi_processor_count,
+    )  # fmt: skip
+    return found.with_rings(227 << 10)
+
+
+class Step:
+    """A model's kernel, ready to launch."""
+
+    def __init__(self, model) -> None:
+        from kernels.persistent import launch
+
+        self.model, self._launch = model, launch
+        self.token = torch.tensor([17], dtype=torch.int32, device="cuda")
+        self.position = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.logits = torch.zeros(model.sizes.vocabulary, device="cuda")
+        self._tensors = launch.arguments(
+            model.weights, model.buffers, self.token, self.position, model.rope,
+            model.cache.clone(), model.table, self.logits,
+        )  # fmt: skip
+        self._descriptors = launch.descriptors(model.weights)
+
+    def launch(self) -> None:
+        self._launch.launch(self.model.sizes, self._tensors, self._descriptors)
+
+    def at(self, position: int) -> torch.Tensor:
+        self.position.fill_(position)
+        self.logits.fill_(float("nan"))
+        self.launch()
+        torch.cuda.synchronize()
+        return self.logits.clone()
+
+
+@pytest.fixture(scope="module", params=[("gpt-oss-20b", True), ("gpt-oss-120b", False)], ids=str)
+def step(request):
+    name, fp8 = request.param
+    return Step(step_model(sizes(EXPERTS[name]), fp8=fp8, device="cuda", context=CONTEXT))
+
+
+@pytest.mark.parametrize("position", [0, 5, 127, 128, 300, 8191, 16000])
+def test_it_is_its_twins(step, position):
+    assert_close(step.at(position), expected_logits(step.model, position), "decode_step")
+
+
+def test_thousands_of_steps_have_the_same_bits(step):
+    first = step.at(300)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(10):
+            step.launch()
+    differing = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        graph.replay()
+        differing += (step.logits != first).any()
+    assert differing.item() == 0
+
+
+def test_the_traced_build_is_the_same_and_has_every_phase(step):
+    from kernels.launch_trace import trace_launches
+
+    expected = step.at(300)
+    with trace_launches() as launches:
+        assert torch.equal(step.at(300), expected)
+    (launch,) = launches
+    layers = step.model.sizes.layers
+    assert launch.parts == PHASES * layers + ("head",)
+    stamps = launch.stamps.cpu()
+    did = stamps[..., 2] > 0
+    assert did.any(0).all() and did[:, -1].all()
+    begun, ready, ended = stamps[did].unbind(1)
+    assert (begun <= ready).all() and (ready <= ended).all()
