@@ -1,4 +1,4 @@
-"""The persistent step on a Hopper GPU at the published widths, two layers of it, against its twins."""
+"""The persistent step on a Hopper GPU at the published widths, two layers, against its twins."""
 
 import pytest
 import torch
