@@ -110,7 +110,7 @@ def copied(memory: Tensor, height: int) -> TensorDescriptor:
 
 def descriptors(weights: StepWeights) -> tuple[TensorDescriptor, ...]:
     """What the copy engine reads."""
-    dense = (copied(weights.dense, height) for height in (64, 16))
+    dense = (copied(weights.dense, height) for height in (128, 32))
     return (*dense, *(copied(weights.experts, height) for height in (64, 16, 8)))
 
 

@@ -119,24 +119,22 @@ def expert_tile(big, small, scales, xs, x, slot, zero):
 
 
 @gluon.jit
-def dense_pieces(p, big, small, xs, x, slot, slot2, FIRST: gl.constexpr):
-    """Two pieces of a dense tile, five chunks each, added to the sums p [128, 8].
+def dense_piece(p, big, small, xs, x, slot, FIRST: gl.constexpr):
+    """A slot of dense weights, ten chunks, added to the sums p [128, 8].
 
-    big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 3 of a slot stand in big
+    big, small: the ring's slots as chunks [128, 32 bytes]; chunks 0 to 7 of a slot stand in big
     xs: [.., 8, 32 bytes] terms, x: the first group of the slice that is multiplied
     FIRST: whether p is nothing yet
     """
-    for c in gl.static_range(4):
+    for c in gl.static_range(8):
         p = warpgroup_mma(
-            big.index(slot * 4 + c), xs.index(x + c).permute([1, 0]), p,
+            big.index(slot * 8 + c), xs.index(x + c).permute([1, 0]), p,
             use_acc=not (FIRST and c == 0), is_async=True,
         )  # fmt: skip
-    p = warpgroup_mma(small.index(slot), xs.index(x + 4).permute([1, 0]), p, is_async=True)
-    for c in gl.static_range(4):
+    for c in gl.static_range(2):
         p = warpgroup_mma(
-            big.index(slot2 * 4 + c), xs.index(x + 5 + c).permute([1, 0]), p, is_async=True
-        )
-    p = warpgroup_mma(small.index(slot2), xs.index(x + 9).permute([1, 0]), p, is_async=True)
+            small.index(slot * 2 + c), xs.index(x + 8 + c).permute([1, 0]), p, is_async=True
+        )  # fmt: skip
     return warpgroup_mma_wait(0, deps=[p])
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 TILE_ROWS = 128
 TILE_COLUMNS = 320
 CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
-PIECE_CHUNKS = 5  # of a slot of a ring: an expert's tile, half a tile in FP8, a quarter in bf16
+PIECE_CHUNKS = 5  # of an expert's tile, which is a slot of its ring
+DENSE_ROWS = 160  # of ROW_BYTES, of a slot of the dense ring: a tile in FP8, half of one in bf16
 SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
 ROW_BYTES = 256  # in which tiles are counted
 PIECE_ROWS = PIECE_CHUNKS * CHUNK_BYTES // ROW_BYTES
@@ -48,7 +49,7 @@ class StepSizes:
     alpha: float
     fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
     programs: int
-    dense_slots: int = 5  # pieces of the ring of dense weights
+    dense_slots: int = 2
     expert_slots: int = 4
     splits: int = 16  # of the cache of a full layer
     single: int = 256  # cached positions up to which one program reads a kv head's cache
@@ -71,7 +72,7 @@ class StepSizes:
     @property
     def pieces(self) -> int:
         """Slots of the ring that a dense tile takes."""
-        return 2 if self.fp8 else 4
+        return 1 if self.fp8 else 2
 
     @property
     def slice_groups(self) -> int:
@@ -174,7 +175,7 @@ class StepSizes:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        rings = self.dense_slots * PIECE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
+        rings = self.dense_slots * DENSE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
         slices = 2 * self.slice_groups * 256
         return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + OTHER_BYTES
 
@@ -186,7 +187,7 @@ class StepSizes:
     def with_rings(self, shared_bytes: int) -> StepSizes:
         """The same with as many slots as fit into this much shared memory of a program."""
         experts = max(4, cdiv(self.head_slices_bytes, 64 * ROW_BYTES))
-        for dense in range(6, 3, -1):
+        for dense in range(3, 1, -1):
             sizes = replace(self, dense_slots=dense, expert_slots=experts)
             if sizes.shared_bytes <= shared_bytes:
                 return sizes

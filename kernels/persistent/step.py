@@ -39,7 +39,7 @@ from kernels.persistent.exchange import (
 )
 from kernels.persistent.gluon_names import copy_rows, seen_as, wait_for_warps
 from kernels.persistent.multiply import (
-    dense_pieces,
+    dense_piece,
     expert_tile,
     power_of_two_for,
     row_sums,
@@ -130,22 +130,22 @@ def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
 # ------------------------------------------------------------------------------------ producers
 @gluon.jit
 def _dense_line(
-    desc64, desc16, base, first, last, n, big, small, full, empty, S: gl.constexpr
+    desc128, desc32, base, first, last, n, big, small, full, empty, S: gl.constexpr
 ):  # fmt: skip
-    """Load the tiles from base + first to base + last, piece by piece; n counts the pieces."""
+    """Load the tiles from base + first to base + last, slot by slot; n counts the slots."""
     for i in range((base + first) * S.pieces, (base + last) * S.pieces):
         slot = n % S.dense_slots
         bar = full.index(slot)
         mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
-        mbarrier.expect(bar, 80 * 256)
-        copy_rows(desc64, [i * 80, 0], bar, big.index(slot))
-        copy_rows(desc16, [i * 80 + 64, 0], bar, small.index(slot))
+        mbarrier.expect(bar, 160 * 256)
+        copy_rows(desc128, [i * 160, 0], bar, big.index(slot))
+        copy_rows(desc32, [i * 160 + 128, 0], bar, small.index(slot))
         n += 1
     return n
 
 
 @gluon.jit
-def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
+def dense_producer(desc128, desc32, big, small, full, empty, S: gl.constexpr):
     """One warp: every dense tile of this program, in the order in which they are multiplied."""
     program = gl.program_id(0)
     qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
@@ -153,13 +153,13 @@ def dense_producer(desc64, desc16, big, small, full, empty, S: gl.constexpr):
     n = 0
     for layer in range(S.layers):
         base = layer * S.layer_tiles + qkv_column * S.qkv_blocks
-        n = _dense_line(desc64, desc16, base, qkv0, qkv1, n, big, small, full, empty, S)
+        n = _dense_line(desc128, desc32, base, qkv0, qkv1, n, big, small, full, empty, S)
         base = layer * S.layer_tiles + S.qkv_tiles + out_column * S.out_blocks
-        n = _dense_line(desc64, desc16, base, out0, out1, n, big, small, full, empty, S)
+        n = _dense_line(desc128, desc32, base, out0, out1, n, big, small, full, empty, S)
     first = S.head_blocks * program // S.programs * S.width_columns
     last = S.head_blocks * (program + 1) // S.programs * S.width_columns
     base = S.layers * S.layer_tiles
-    _dense_line(desc64, desc16, base, first, last, n, big, small, full, empty, S)
+    _dense_line(desc128, desc32, base, first, last, n, big, small, full, empty, S)
 
 
 @gluon.jit
@@ -701,16 +701,14 @@ def _wait_full(full, n, slots: gl.constexpr):
 
 @gluon.jit
 def _dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
-    """Sums [128, 8] of the tile that begins with the ring's piece n, and where the next begins."""
+    """Sums [128, 8] of the tile that begins in the ring's n-th slot, and where the next begins."""
     acc = zero
-    PAIRS: gl.constexpr = S.pieces // 2
-    for pair in gl.static_range(PAIRS):
+    PIECES: gl.constexpr = S.pieces
+    for piece in gl.static_range(PIECES):
         slot = _wait_full(full, n, S.dense_slots)
-        slot2 = _wait_full(full, n + 1, S.dense_slots)
-        acc = dense_pieces(acc, big, small, xs, x + pair * 10, slot, slot2, pair == 0)
+        acc = dense_piece(acc, big, small, xs, x + piece * 10, slot, piece == 0)
         mbarrier.arrive(empty.index(slot), count=1)
-        mbarrier.arrive(empty.index(slot2), count=1)
-        n += 2
+        n += 1
     return acc, n
 
 
@@ -870,15 +868,15 @@ def consumer(
     # The head's slices stand where the experts' tiles did. Two slices in xs: of this phase and of
     # the next, for warps that are behind.
     if S.fp8:
-        big = seen_as(dbig, gl.float8e4nv, [SLOTS * 4, 128, 32], SWIZZLED8)
-        small = seen_as(dsmall, gl.float8e4nv, [SLOTS, 128, 32], SWIZZLED8)
+        big = seen_as(dbig, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED8)
+        small = seen_as(dsmall, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED8)
         xd = seen_as(xs, gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
         xstore = seen_as(xs, gl.float8e4nv, [2, APART, 8, 32], SWIZZLED8_3)
         xh = seen_as(ebig, gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
         hstore = seen_as(ebig, gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
     else:
-        big = seen_as(dbig, gl.bfloat16, [SLOTS * 4, 128, 16], SWIZZLED16)
-        small = seen_as(dsmall, gl.bfloat16, [SLOTS, 128, 16], SWIZZLED16)
+        big = seen_as(dbig, gl.bfloat16, [SLOTS * 8, 128, 16], SWIZZLED16)
+        small = seen_as(dsmall, gl.bfloat16, [SLOTS * 2, 128, 16], SWIZZLED16)
         xd = seen_as(xs, gl.bfloat16, [2 * APART, 8, 16], SWIZZLED16)
         xstore = seen_as(xs, gl.bfloat16, [2, APART, 8, 16], SWIZZLED16_3)
         xh = seen_as(ebig, gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
@@ -1071,7 +1069,7 @@ def consumer(
 def step_kernel(
     token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias, sinks,
     out_scale, out_bias, router, router_bias, head_scale, cos, sin, cache,
-    cache_table, sums, tagged, logits, dense64, dense16, expert64, expert16, expert8, trace_ptr,
+    cache_table, sums, tagged, logits, dense128, dense32, expert64, expert16, expert8, trace_ptr,
     S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
@@ -1079,8 +1077,8 @@ def step_kernel(
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     DENSE: gl.constexpr = S.dense_slots
     EXPERT: gl.constexpr = S.expert_slots
-    dbig = gl.allocate_shared_memory(gl.uint8, [DENSE, 64, 256], PLAIN)
-    dsmall = gl.allocate_shared_memory(gl.uint8, [DENSE, 16, 256], PLAIN)
+    dbig = gl.allocate_shared_memory(gl.uint8, [DENSE, 128, 256], PLAIN)
+    dsmall = gl.allocate_shared_memory(gl.uint8, [DENSE, 32, 256], PLAIN)
     ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, 64, 256], PLAIN)
     esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, 16, 256], PLAIN)
     escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, 8, 256], PLAIN)
@@ -1113,7 +1111,7 @@ def step_kernel(
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
                         eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, S, E2)),
-            (dense_producer, (dense64, dense16, dbig, dsmall, dfull, dempty, S)),
+            (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales,
                                efull, eempty, chosen, routed, S)),
         ],

@@ -28,7 +28,7 @@ OTHERS = {
     "token": "*i32", "position": "*i32", "counter": "*i32", "cache_table": "*i64",
     "sums": "*i64", "tagged": "*i64", "S": "constexpr", "E2": "constexpr",
 }  # fmt: skip
-COPIED = {"dense64": 64, "dense16": 16, "expert64": 64, "expert16": 16, "expert8": 8}
+COPIED = {"dense128": 128, "dense32": 32, "expert64": 64, "expert16": 16, "expert8": 8}
 
 
 def sizes(model: str, *, fp8: bool) -> StepSizes:

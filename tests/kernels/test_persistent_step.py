@@ -118,7 +118,7 @@ def run(kernel, model, position, trace=None):
         torch.tensor([position], dtype=torch.int32), model.rope, model.cache.clone(), model.table,
         logits,
     )  # fmt: skip
-    descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (64, 16)]
+    descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (128, 32)]
     descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
     trace = None if trace is None else gluon_on_cpu.pointer(trace)
     args = (*(gluon_on_cpu.pointer(t) for t in tensors), *descs, trace, s, padded_experts(s))
