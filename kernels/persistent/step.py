@@ -97,7 +97,7 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
 
 @gluon.jit
 def duty(program, S: gl.constexpr):
-    """A program's place in the order in which they take what only some do: attention, the router.
+    """A program's place in the order in which programs take parts of the router.
 
     Those without tiles of experts come first: who is late with an expert's tiles delays all.
     """
@@ -106,6 +106,24 @@ def duty(program, S: gl.constexpr):
     before = program * ACTIVE // S.programs
     works = (program + 1) * ACTIVE // S.programs > before
     return gl.where(works, S.programs - ACTIVE + before, program - before)
+
+
+@gluon.jit
+def attention_duty(program, S: gl.constexpr):
+    """A program's place in the order in which programs take parts of the cache.
+
+    First those without tiles of the qkv projection, then the first of each column of tiles, which
+    has no more of them than the others: they have time to bring keys and values near.
+    """
+    EACH: gl.constexpr = S.programs // S.width_columns
+    ACTIVE: gl.constexpr = EACH * S.width_columns
+    IDLE: gl.constexpr = S.programs - ACTIVE
+    before = program * ACTIVE // S.programs
+    works = (program + 1) * ACTIVE // S.programs > before
+    column = before // EACH
+    is_first = before == column * EACH
+    place = gl.where(is_first, column, S.width_columns + before - column - 1)
+    return gl.where(works, IDLE + place, program - before)
 
 
 @gluon.jit
@@ -400,26 +418,6 @@ def qkv_words(sums, kv_head, S: gl.constexpr):
 
 
 @gluon.jit
-def _lacks(words, old, count, before):
-    """Not zero where words do not have `count` contributions, or old words not `before`."""
-    return (((words & 255) ^ count) | ((old & 255) ^ before)).to(gl.int32)
-
-
-@gluon.jit
-def wait_for_qkv(sums, kv_head, old_lo, old_hi, layer, S: gl.constexpr):
-    """fp32 sums of a kv head's rows in this layer, before norm, scales and bias."""
-    count = ((layer + 1) * S.width_columns) & 255
-    before = (layer * S.width_columns) & 255
-    lo, hi = qkv_words(sums, kv_head, S)
-    while (
-        gl.max(gl.max(_lacks(lo, old_lo, count, before) | _lacks(hi, old_hi, count, before), 1), 0)
-        != 0
-    ):
-        lo, hi = qkv_words(sums, kv_head, S)
-    return sum_of(lo, old_lo), sum_of(hi, old_hi)
-
-
-@gluon.jit
 def _turn(
     old_lo,
     old_hi,
@@ -455,7 +453,10 @@ def _turn(
     groups = gl.arange(0, PARTS, layout=EACH)
     found = wait_for_tagged(squares + gl.minimum(groups, S.norm_groups - 1), tag, 4)
     factor = gl.rsqrt(gl.sum(gl.where(groups < S.norm_groups, found, 0.0), 0) / S.width + S.eps)
-    lo, hi = wait_for_qkv(qkv, kv_head, old_lo, old_hi, layer, S)
+    complete = gl.zeros_like(old_lo) + S.width_columns
+    at = qkv + place
+    lo, hi = wait_for_two_sums(at, at + C // 2, old_lo, old_hi, complete)
+    lo, hi = sum_of(lo, old_lo), sum_of(hi, old_hi)
     stamp(trace, layer, ATTENTION, READY, True, S)
     if S.fp8:
         lo = lo * (factor * scale_lo) + bias_lo
@@ -933,7 +934,7 @@ def consumer(
                     _stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
                     if S.fp8:
                         _stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
-                worker = duty(anew(program), S)
+                worker = attention_duty(anew(program), S)
                 split = worker // S.kv_heads
                 is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
                 start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
@@ -1026,7 +1027,7 @@ def consumer(
                 for j in gl.static_range(4):
                     chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
                 mbarrier.arrive(routed.index(0), count=1)
-                worker = duty(anew(program), S)
+                worker = attention_duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
                     old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
             _slice_stored()
