@@ -361,15 +361,20 @@ def _cached(
 
 
 @gluon.jit
-def _cached_operands(k_ptr, v_ptr, begin, end, slots, C: gl.constexpr):
-    """Keys (in two halves) and values of 128 positions, as the tensor cores take them."""
-    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
-    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
+def _cached_block(k_ptr, v_ptr, begin, end, slots, C: gl.constexpr):
+    """Keys (in two halves) and values of 128 positions."""
     KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
     VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
     k_lo = _cached(k_ptr, begin, end, slots, 0, C // 2, KL, C)
     k_hi = _cached(k_ptr, begin, end, slots, 1, C // 2, KL, C)
-    v = _cached(v_ptr, begin, end, slots, 0, C, VL, C)
+    return k_lo, k_hi, _cached(v_ptr, begin, end, slots, 0, C, VL, C)
+
+
+@gluon.jit
+def _as_operands(k_lo, k_hi, v):
+    """A block as the tensor cores take it."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     k_lo = gl.convert_layout(k_lo.permute([1, 0]), B)
     k_hi = gl.convert_layout(k_hi.permute([1, 0]), B)
     return k_lo, k_hi, gl.convert_layout(v, B)
@@ -492,66 +497,61 @@ def attend(
     half = gl.arange(0, C // 2, layout=gl.SliceLayout(0, L))
     column = gl.arange(0, C, layout=gl.SliceLayout(0, MMA))
     scale: gl.constexpr = C**-0.5
-    q_lo = gl.zeros([16, C // 2], gl.bfloat16, layout=A)
-    q_hi = gl.zeros([16, C // 2], gl.bfloat16, layout=A)
     biggest = gl.full([16], NONE, gl.float32, layout=gl.SliceLayout(1, MMA))
     total = gl.zeros([16], gl.float32, layout=gl.SliceLayout(1, MMA))
     acc = gl.zeros([16, C], gl.float32, layout=MMA)
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
+    # Earlier tokens' rows are asked for before this one's is waited for.
+    k_lo, k_hi, v = _cached_block(k_at, v_at, begin, end, slots, C)
+    k_lo, k_hi, v = _as_operands(k_lo, k_hi, v)
+    _turn(
+        old_lo,
+        old_hi,
+        layer,
+        kv_head,
+        position,
+        tag,
+        squares,
+        qkv,
+        qkv_scale,
+        qkv_bias,
+        cos,
+        sin,
+        qs,
+        trace,
+        S,
+    )
+    rows = seen_as(qs, gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    whole = seen_as(qs, gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+    q_lo = qs.slice(0, C // 2, dim=1).load(A)
+    q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
+    if split == 0:
+        new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
+        new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
+        own = qs.slice(0, C // 2, dim=1).load(L).to(gl.float32) * new_lo.to(gl.float32)[None, :]
+        own += (
+            qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32) * new_hi.to(gl.float32)[None, :]
+        )
+        biggest = gl.convert_layout(gl.sum(own, 1) * scale, gl.SliceLayout(1, MMA))
+        total = total + 1.0
+        value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
+        acc = acc + value.to(gl.float32)[None, :]
+        slot = (position % slots) * C
+        gl.store(k_at + slot + half, new_lo)
+        gl.store(k_at + slot + C // 2 + half, new_hi)
+        gl.store(v_at + slot + column, value)
     s = begin
     more = True
     while more:
-        # In the first turn, earlier tokens' rows are asked for before this one's is waited for.
-        k_lo, k_hi, v = _cached_operands(k_at, v_at, s, end, slots, C)
-        if s == begin:
-            _turn(
-                old_lo,
-                old_hi,
-                layer,
-                kv_head,
-                position,
-                tag,
-                squares,
-                qkv,
-                qkv_scale,
-                qkv_bias,
-                cos,
-                sin,
-                qs,
-                trace,
-                S,
-            )
-            rows = seen_as(
-                qs, gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-            )
-            whole = seen_as(qs, gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
-            q_lo = qs.slice(0, C // 2, dim=1).load(A)
-            q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
-            if split == 0:
-                new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
-                new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
-                own = (
-                    qs.slice(0, C // 2, dim=1).load(L).to(gl.float32)
-                    * new_lo.to(gl.float32)[None, :]
-                )
-                own += (
-                    qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32)
-                    * new_hi.to(gl.float32)[None, :]
-                )
-                biggest = gl.convert_layout(gl.sum(own, 1) * scale, gl.SliceLayout(1, MMA))
-                total = total + 1.0
-                value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
-                acc = acc + value.to(gl.float32)[None, :]
-                slot = (position % slots) * C
-                gl.store(k_at + slot + half, new_lo)
-                gl.store(k_at + slot + C // 2 + half, new_hi)
-                gl.store(v_at + slot + column, value)
+        more = s + 128 < end
+        next_lo, next_hi, next_v = _cached_block(k_at, v_at, s + 128, end, slots, C)
         biggest, total, acc = _attend_block(
             q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
+        if more:
+            k_lo, k_hi, v = _as_operands(next_lo, next_hi, next_v)
         s += 128
-        more = s < end
     if used == 1:
         new = gl.maximum(biggest, sink)
         shrink = gl.exp(biggest - new)
