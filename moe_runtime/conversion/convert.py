@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from loaders.tensor_rows import RowReader
 from moe_runtime import __version__
+from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.card import model_card
 from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.folders import (
@@ -71,6 +72,7 @@ def convert(
     Raises ConversionError, CheckpointError or UnsupportedModelError with what to do. After any
     error or kill the same call goes on with the shard that was being written, to the same bytes.
     """
+    keep_freed_memory()
     partial = partial_folder(output)
     source = open_for_conversion(model, output, revision)
     plan = plan_conversion(source.checkpoint, options)

@@ -21,6 +21,7 @@ from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import listed, parse_json_object
 from loaders.logical import LogicalTensor, logical_tensors
 from loaders.tensor_rows import RowReader
+from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.decisions import skip_reason
 from moe_runtime.conversion.inventory import check_inventory
 from moe_runtime.conversion.options import ConversionOptions
@@ -89,6 +90,7 @@ def verify(
     CheckpointError or UnsupportedModelError.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     with ExitStack() as stack:
         theirs = None if source is None else stack.enter_context(open_folder(source))
         try:
