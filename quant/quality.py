@@ -137,18 +137,26 @@ def _measure_tile(exact: Tensor, stored: QuantTensor) -> TensorQuality:
     # Magnitudes as integers: fp32 >= 0 are in the order of their bits, and torch is faster so.
     exact_bits, decoded_bits = magnitude_bits(exact), magnitude_bits(decoded)
     error = decoded - exact  # not in place: plain fp32 numbers decode to themselves
+    largest, max_abs_error = _largest(exact_bits), _largest(magnitude_bits(error))
     return TensorQuality(
         weights=exact.numel(),
-        signal=_sum_of_squares(exact),
-        noise=_sum_of_squares(error),
-        largest=float(exact_bits.amax().view(torch.float32)),
-        max_abs_error=float(magnitude_bits(error).amax().view(torch.float32)),
+        signal=_sum_of_squares(exact, largest),
+        noise=_sum_of_squares(error, max_abs_error),
+        largest=largest,
+        max_abs_error=max_abs_error,
         vanished=max(0, _count_nonzero(exact_bits) - _count_nonzero(decoded_bits)),
         **_block_figures(stored, exact_bits, decoded_bits),
     )
 
 
-def _sum_of_squares(values: Tensor) -> float:
+def _largest(bits: Tensor) -> float:
+    return float(bits.amax().view(torch.float32))
+
+
+def _sum_of_squares(values: Tensor, largest: float) -> float:
+    """largest: magnitude of any of the values"""
+    if largest and not 2.0**-50 < largest < 2.0**50:  # squares would leave fp32
+        return float(values.double().square().sum())
     return float((values * values).sum(-1).sum(dtype=torch.float64))
 
 

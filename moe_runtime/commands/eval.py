@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     "eval",
     examples="""
     moe-runtime eval demo --text book.txt
-    moe-runtime eval ./model-mxfp4 --text book.txt --against ./model
+    moe-runtime eval ./model-mxfp4 --text book.txt --against ./model --add-to-report
     cat book.txt | moe-runtime eval ./model --text - --max-tokens 2000 --json
     """,
 )
@@ -45,6 +45,8 @@ if TYPE_CHECKING:
               help="Tokens of the text to use; default: all.")  # fmt: skip
 @click.option("--window", type=click.IntRange(min=2), metavar="N",
               help="Tokens read at once; default: 1024, or the context if smaller.")  # fmt: skip
+@click.option("--add-to-report", is_flag=True,
+              help="Also write the figures into the conversion report in MODEL.")  # fmt: skip
 @json_option
 def command(
     model: str,
@@ -55,6 +57,7 @@ def command(
     against: str | None,
     max_tokens: int | None,
     window: int | None,
+    add_to_report: bool,
     as_json: bool,
 ) -> None:
     """Score the text in FILE with MODEL: perplexity over every token but the first.
@@ -62,9 +65,12 @@ def command(
     With --against, both models read the same tokens; the second one is what KL and agreement refer
     to, so give the source of a conversion there. Both are in memory at the same time.
     """
-    # Slow import: torch.
+    # Slow imports: torch.
+    from moe_runtime.conversion.report import read_report, write_report
     from moe_runtime.evaluation import evaluate
     from moe_runtime.model import MoeModel
+
+    report = read_report(Path(model)) if add_to_report else None
 
     text = _read_text(text_path)
     with ExitStack() as stack:
@@ -91,8 +97,12 @@ def command(
                 window=window,
                 on_tokens=bar.update,
             )
+    figures = {"against": against, "text": str(text_path), **found.as_dict()}
+    if report is not None:
+        records, meta = report
+        write_report(Path(model), records, {**meta, "evaluation": figures})
     if as_json:
-        print_json({"model": model, "against": against, "text": str(text_path), **found.as_dict()})
+        print_json({"model": model, **figures})
     else:
         click.echo("\n".join([model, *describe(found)]))
 

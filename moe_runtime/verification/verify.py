@@ -25,9 +25,11 @@ from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.decisions import skip_reason
 from moe_runtime.conversion.inventory import check_inventory
 from moe_runtime.conversion.options import ConversionOptions
+from moe_runtime.conversion.planning import unlisted_files
 from moe_runtime.conversion.records import source_format
 from moe_runtime.conversion.report import REPORT_JSON
 from moe_runtime.conversion.roles import expert_of, role_of
+from moe_runtime.models.gpt_oss_original import as_huggingface
 from moe_runtime.models.registry import plan_model
 from moe_runtime.verification.against import (
     Comparison,
@@ -92,9 +94,9 @@ def verify(
     started = time.perf_counter()
     keep_freed_memory()
     with ExitStack() as stack:
-        theirs = None if source is None else stack.enter_context(open_folder(source))
+        theirs = None if source is None else stack.enter_context(_open(source))
         try:
-            ours = stack.enter_context(open_folder(folder))
+            ours = stack.enter_context(_open(folder))
             weights = logical_tensors(ours)
         except CheckpointError as error:
             return Verification((Finding("files", error.message),), compared=theirs is not None)
@@ -104,6 +106,10 @@ def verify(
     return Verification(
         tuple(findings), tuple(run.checked), theirs is not None, time.perf_counter() - started
     )
+
+
+def _open(folder: Path) -> Checkpoint:
+    return as_huggingface(open_folder(folder))
 
 
 def check_names(checkpoint: Checkpoint, weights: Sequence[LogicalTensor]) -> Iterator[Finding]:
@@ -116,19 +122,15 @@ def check_names(checkpoint: Checkpoint, weights: Sequence[LogicalTensor]) -> Ite
         yield Finding("config", note, is_error=False)
     except CheckpointError as error:
         yield Finding("config", error.message)
-    if checkpoint.layout != "original":
-        try:
-            roles = {weight.name: role_of(weight, config) for weight in weights}
-            check_inventory(weights, roles, config, ConversionOptions("mxfp4"))
-        except CheckpointError as error:
-            yield Finding("names", error.message)
-        yield from _quantization_claims(config, weights)
-    listed_files = {info.file for info in checkpoint.tensors.values()}
-    beside = {name for name in checkpoint.files.names() if name.endswith(".safetensors")}
-    prefix = "original/" if checkpoint.layout == "original" else ""
-    extra = sorted(n for n in beside - listed_files if n.startswith(prefix) and "/" not in n)
+    try:
+        roles = {weight.name: role_of(weight, config) for weight in weights}
+        check_inventory(weights, roles, config, ConversionOptions("mxfp4"))
+    except CheckpointError as error:
+        yield Finding("names", error.message)
+    yield from _quantization_claims(config, weights)
+    extra = unlisted_files(checkpoint)
     if extra:
-        message = f"{listed(extra)}: in the folder, but no tensor of it is in the index"
+        message = f"{listed(list(extra))}: in the folder, but no tensor of it is in the index"
         yield Finding("files", message, is_error=False)
     yield from _different_experts(weights)
 
@@ -186,11 +188,6 @@ class _Run:
         """Weights that the source does not have, and of the source that are missing here."""
         if self.theirs is None:
             return
-        if self.theirs.layout != self.ours.layout:
-            raise UnsupportedModelError(
-                f"the source is in the {self.theirs.layout} layout, this checkpoint in the "
-                f"{self.ours.layout} one: their names do not match"
-            )
         yield from _config_changes(self.ours.config, self.theirs.config)
         sources = {weight.name: weight for weight in logical_tensors(self.theirs)}
         used = set()

@@ -1,6 +1,7 @@
 """`convert`: what becomes of every tensor, the files around them, options and refusals."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -8,11 +9,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from loaders.checkpoint import open_folder
+from loaders.checkpoint import open_files, open_folder
 from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.logical import logical_tensors, read_tensor
 from moe_runtime import cli
-from moe_runtime.conversion import work
+from moe_runtime.conversion import needs, work
 from moe_runtime.conversion.convert import convert
 from moe_runtime.conversion.errors import REFUSALS, ConversionError
 from moe_runtime.conversion.options import TARGETS, ConversionOptions, parse_size
@@ -20,10 +21,13 @@ from moe_runtime.conversion.planning import plan_conversion
 from moe_runtime.conversion.quant_configs import module_patterns
 from moe_runtime.conversion.roles import role_of
 from moe_runtime.conversion.work import divisible_scale
+from moe_runtime.models.registry import plan_model
+from moe_runtime.verification.verify import verify
 from quant import formats
 from quant.codecs import CODECS, decode, encode
 from quant.nvfp4 import tensor_scale_for
 from quant.tensor import QuantTensor
+from tests.oracles.published_headers import gpt_oss
 from tests.oracles.tiny_deepseek import Sizes, write_tiny_deepseek
 from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -601,7 +605,102 @@ def test_the_command_line_tells_what_is_wrong(source, capsys):
     assert hint.startswith("hint: --allow non-finite")
 
 
-def test_an_original_layout_is_sent_to_the_folder_above(tmp_path):
-    write_tiny_gpt_oss(tmp_path / "source", layout="original")
-    with pytest.raises((CheckpointError, UnsupportedModelError)):
-        run(tmp_path / "source", "mxfp8")
+@pytest.mark.parametrize("to", ["mxfp4", "bf16", "nvfp4"])
+def test_the_vendors_layout_becomes_the_published_one(tmp_path, to):
+    """To the same tensors as the published twin, and a config.json that describes the model."""
+    published = write_tiny_gpt_oss(tmp_path / "twin", layers=2, f=64)
+    write_tiny_gpt_oss(tmp_path / "vendor", layers=2, f=64, layout="original")
+    allow = frozenset({"requantize"})
+    output, report = run(tmp_path / "vendor", to, allow=allow)
+    found = read_all(output)
+    if to == "mxfp4":
+        written = {n: t for p in output.glob("*.safetensors") for n, t in load_file(p).items()}
+        assert written.keys() == published.keys()
+        assert all(torch.equal(written[name], published[name]) for name in written)
+        assert report["totals"]["converted"] == 0
+    else:
+        twin, _ = run(tmp_path / "twin", to, name="of-twin", allow=allow)
+        expected = read_all(twin)
+        assert found.keys() == expected.keys()
+        for name, weight in found.items():
+            assert torch.equal(numbers(weight), numbers(expected[name])), name
+    with open_folder(output) as ours, open_folder(tmp_path / "twin") as theirs:
+        assert ours.layout == "huggingface"
+        twin_config = replace(plan_model(theirs).config, eos_token_ids=())  # the vendor tells none
+        assert plan_model(ours).config == twin_config
+
+
+def test_a_vendors_tensor_of_other_rows_is_refused(tmp_path):
+    write_tiny_gpt_oss(tmp_path / "source", layers=2, layout="original")
+    config = tmp_path / "source" / "original" / "config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "num_key_value_heads": 4}))
+    with pytest.raises(CheckpointError, match=r"qkv\.(bias|weight): expected 256 rows"):
+        run(tmp_path / "source", "bf16")
+
+
+def test_a_model_that_we_know_is_checked_further(tmp_path):
+    """Tensors that only this family has: no count of layers and experts misses them."""
+    tensors = write_tiny_gpt_oss(tmp_path / "source", layers=2, shards=1)
+    del tensors["model.layers.1.self_attn.sinks"]
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    with pytest.raises(ConversionError, match=r"missing: model\.layers\.1\.self_attn\.sinks") as e:
+        run(tmp_path / "source", "bf16")
+    assert "--allow model" in e.value.hint
+    run(tmp_path / "source", "bf16", allow=frozenset({"model"}))
+
+
+def test_huge_weights_have_finite_figures_or_are_refused(source, capsys):
+    """Finite in bf16, their squares beyond fp32; the largest of all round up to infinity."""
+    tensors = tiny_tensors()
+    tensors[EXPERT + "up_proj.weight"][3, 4] = 1e25
+    write_tiny_moe(source, tensors)
+    for to in QUANTIZED:
+        output, report = run(source, to, name=to)
+        assert 0 < report["totals"]["quality"]["noise"] < float("inf")
+        assert verify(output, source).sound == (to != "nvfp4")
+    # gate shares the scale of up, and vanishes
+    assert (
+        cli.run(["convert", str(source), "--to", "nvfp4", "--output", str(output.parent / "nvfp4")])
+        == 0
+    )
+    assert f"do: 1, worst {EXPERT}gate_proj.weight with 0.00 dB" in capsys.readouterr().out
+    tensors[EXPERT + "up_proj.weight"][3, 4] = 3.3e38
+    write_tiny_moe(source, tensors)
+    with pytest.raises(ConversionError, match=r"up_proj.weight: a weight of 3.3e\+38 is infinity"):
+        run(source, "mxfp4")
+    run(source, "mxfp4", keep=(EXPERT + "up_proj",))
+
+
+def test_a_keep_that_keeps_nothing_is_refused(source):
+    with pytest.raises(ConversionError, match=r"--keep shared_exprt: no weight has such a name"):
+        run(source, keep=("down_proj", "shared_exprt"))
+
+
+def test_files_that_the_index_does_not_name_are_reported(source, capsys):
+    save_file({"model.mtp.weight": torch.ones(4)}, source / "mtp.safetensors")
+    output, report = run(source)
+    assert report["meta"]["files_left_out"] == ["mtp.safetensors"]
+    assert "mtp.safetensors" in (output / "conversion_report.html").read_text()
+    assert cli.run(["convert", str(source), "--to", "mxfp4", "--output", str(output)]) == 0
+    shown = capsys.readouterr()
+    assert "left out: mtp.safetensors, not in the index" in shown.out
+    assert "holds this conversion already" in shown.err
+
+
+@pytest.mark.parametrize("cores", [1, 2, 256])
+def test_memory_stays_in_its_bound_on_any_machine(tmp_path, monkeypatch, cores):
+    """2 GB and three times the largest tensor, as foreseen; test_memory_is_bounded measures."""
+    monkeypatch.setattr(os, "cpu_count", lambda: cores)
+    with open_files(gpt_oss(layers=2, experts=32, bf16=True)) as checkpoint:
+        plan = plan_conversion(checkpoint, ConversionOptions("mxfp4"))
+    outputs = [output for _, output in plan.outputs]
+    largest = max(info.nbytes for info in checkpoint.tensors.values())
+    assert largest > 10**9
+    assert needs.memory_bytes(outputs) <= 2 * 10**9 + 3 * largest
+    assert 1 <= needs.num_threads(outputs) <= cores
+    write_tiny_moe(tmp_path)
+    small = plan_conversion(open_folder(tmp_path), ConversionOptions("mxfp4"))
+    outputs = [output for _, output in small.outputs]
+    assert needs.memory_bytes(outputs) <= 2.01e9
+    assert needs.num_threads(outputs) == min(cores, 31)

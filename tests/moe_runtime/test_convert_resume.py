@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -237,6 +238,49 @@ def test_a_finished_conversion_is_not_done_again(source, options):
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == times
 
 
+def test_a_finished_conversion_whose_source_has_changed(source, options):
+    """The report of the old weights must not pass for one of the new."""
+    before = content(run(source, options))
+    write_tiny_moe(source, tiny_tensors(seed=1))
+    with pytest.raises(ConversionError, match="a source that has changed since") as caught:
+        run(source, options)
+    assert "--overwrite" in caught.value.hint
+    after = content(run(source, options, overwrite=True))
+    assert after == content(run(source, options, name="fresh")) != before
+
+
+def test_a_finished_conversion_that_was_damaged(source, options):
+    output = run(source, options)
+    expected = content(output)
+    shard = sorted(output.glob("model-*.safetensors"))[1]
+    for damage in (lambda: shard.write_bytes(b"short"), shard.unlink):
+        damage()
+        with pytest.raises(ConversionError, match=f"{shard.name}: expected the .* bytes that were"):
+            run(source, options)
+        assert content(run(source, options, overwrite=True)) == expected
+
+
+def test_killed_after_the_move_it_tidies_up(source, options, monkeypatch):
+    """With --overwrite too: what is whole is not converted again, what it replaced goes."""
+    run(source, ConversionOptions("mxfp8"))
+    monkeypatch.setattr(folders, "_tidy_up", lambda output: None)
+    output = run(source, options, overwrite=True)
+    monkeypatch.undo()
+    left = {path.name for path in output.parent.iterdir()}
+    assert left >= {"out", "out.replaced"} and (output / JOURNAL).exists()
+    times = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+    run(source, options, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not (output / JOURNAL).exists()
+    assert {path.name for path in output.parent.iterdir()} == left - {"out.replaced"}
+
+
+def test_a_home_folder_is_a_home_folder(source, options, monkeypatch):
+    monkeypatch.setenv("HOME", str(source.parent))
+    convert(str(source), Path("~/at-home"), options, progress=False)
+    assert (source.parent / "at-home" / "config.json").is_file()
+
+
 def test_memory_is_bounded(tmp_path):
     """A stacked tensor of 200 MB in fp32 is converted where less than a third of that is free."""
     code = """
@@ -306,7 +350,7 @@ def test_a_full_disk_in_earnest(source, small_disk, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(ConversionError, match=r"the disk of .* is full") as caught:
-        convert(str(source), output, options, progress=False, num_threads=1)
+        convert(str(source), output, options, progress=False, threads=1)
     assert "goes on where it stopped" in caught.value.hint
     monkeypatch.undo()
     assert len(Journal.load(partial).done) == 2

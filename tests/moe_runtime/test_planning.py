@@ -15,6 +15,7 @@ from loaders.logical import logical_tensors
 from loaders.weights import load_weights
 from moe_runtime.bundled import BUNDLED
 from moe_runtime.cache import KVCache
+from moe_runtime.conversion.needs import disk_bytes, memory_bytes
 from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.planning import plan_conversion
 from moe_runtime.machines import GPUS, find_gpu
@@ -226,8 +227,22 @@ def test_conversion_rows_are_what_convert_plans(target):
     row = next(row for row in report.conversions if row.target == target)
     assert row.output_bytes == planned.tensor_bytes
     assert row.converted == sum(output.converts for _, output in planned.outputs)
-    assert row.disk_bytes == row.output_bytes + report.total_bytes  # the source is one shard
+    outputs = [output for _, output in planned.outputs]
+    held = report.total_bytes  # the source is one shard
+    assert row.disk_bytes == disk_bytes(row.output_bytes, held)
+    assert 0 < disk_bytes(planned.output_bytes, held) - row.disk_bytes < 1000 * len(outputs)
+    assert row.memory_bytes == memory_bytes(outputs)
     assert row.problem is None
+
+
+def test_another_form_is_work_for_plan_as_for_convert():
+    """DeepSeek's FP8 blocks as compressed-tensors: the names of the scales change, no number."""
+    with open_files(qwen3_30b(layers=2, fp8=True)) as checkpoint:
+        report = plan_checkpoint(checkpoint, H100)
+        planned = plan_conversion(checkpoint, ConversionOptions("fp8-block"))
+    row = next(row for row in report.conversions if row.target == "fp8-block")
+    assert (row.converted, row.problem) == (0, None)
+    assert row.output_bytes == planned.tensor_bytes
 
 
 def test_conversions_that_are_of_no_use_say_why():
