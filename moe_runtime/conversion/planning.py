@@ -223,14 +223,14 @@ def plan_conversion(checkpoint: Checkpoint, options: ConversionOptions) -> Conve
 
 
 def changes_anything(outputs: Iterable[Output]) -> bool:
-    """Whether the result is more than the source again, under the same names.
+    """Whether the result is more than the source again.
 
     The same numbers in another form are: FP4 experts of DeepSeek V4 as compressed-tensors.
     """
     return any(
         output.converts
-        or {part.name for part in output.parts.values()}
-        != {info.name for info in output.source.parts.values()}
+        or {part.name: part.shape for part in output.parts.values()}
+        != {info.name: info.shape for info in output.source.parts.values()}
         for output in outputs
     )
 

@@ -339,6 +339,51 @@ def test_families_of_deepseek(tmp_path, family, to):
     assert "expert_dtype" not in written
 
 
+def modelopt_source(folder, algorithm):
+    """The tiny MoE with experts as ModelOpt writes them; returns the numbers they stand for."""
+    published, expected = {}, {}
+    for name, weight in tiny_tensors().items():
+        if ".experts." not in name:
+            published[name] = weight
+            continue
+        base = name.removesuffix("weight")
+        if algorithm == "FP8":  # one scale a tensor
+            scale = weight.abs().max().float() / 448
+            published[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
+            published[base + "weight_scale"] = scale
+            expected[name] = published[name].float() * scale
+        else:
+            stored = encode(weight, formats.NVFP4, tensor_scale=torch.tensor(2.0**-10))
+            published[name], published[base + "weight_scale"] = stored.values, stored.scales
+            published[base + "weight_scale_2"] = stored.tensor_scale
+            expected[name] = decode(stored)
+        published[base + "input_scale"] = torch.tensor(1.0)
+    claim = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
+    write_tiny_moe(folder, published, settings=config(quantization_config=claim))
+    return expected
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "to"),
+    [("FP8", "fp8-channel"), ("FP8", "mxfp4"), ("FP8", "bf16"), ("NVFP4", "nvfp4"),
+     ("NVFP4", "fp8-block"), ("NVFP4", "bf16")],
+)  # fmt: skip
+def test_from_modelopt(tmp_path, algorithm, to):
+    """Its own format in the form that transformers opens, and each other one from its numbers."""
+    expected = modelopt_source(tmp_path / "source", algorithm)
+    output, report = run(tmp_path / "source", to, allow=frozenset({"requantize"}))
+    found = read_all(output)
+    same_format = to in ("fp8-channel", "nvfp4")
+    for name, weight in expected.items():
+        converted = weight if same_format else decode(encode(weight, formats.TARGETS[to]))
+        assert torch.equal(numbers(found[name]).float(), converted), name
+    assert report["totals"]["converted"] == (0 if same_format else len(expected))
+    skipped = {r["reason"] for r in report["tensors"] if r["action"] == "skipped"}
+    assert skipped == {"scale of quantized activations"}
+    written = json.loads((output / "config.json").read_text()).get("quantization_config", {})
+    assert written.get("quant_method") == (None if to == "bf16" else "compressed-tensors")
+
+
 def test_the_same_form_again_is_refused(source):
     first, _ = run(source, "mxfp4", name="first")
     with pytest.raises(UnsupportedModelError, match="nothing to convert to mxfp4"):
