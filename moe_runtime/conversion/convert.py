@@ -141,8 +141,9 @@ class _Conversion:
             torch.set_num_threads(threads_before)
         if progress:
             seconds, nbytes = time.perf_counter() - started, self.plan.source_bytes - done
+            size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
             rate = f"{nbytes / 1e6 / seconds:.0f} MB/s"
-            print(f"read {nbytes / 1e9:.2f} GB in {seconds:.1f} s ({rate})", file=sys.stderr)
+            print(f"read {size} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
     def write_the_rest(self, source_fingerprint: str) -> dict[str, Any]:
         """Config, tokenizer, report, card and, last of all, the index."""

@@ -5,15 +5,22 @@ Tools have dropped layers, heads and experts and left an index that agreed with 
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from loaders.json_text import listed
 from loaders.logical import LogicalTensor
 from moe_runtime.conversion.errors import refused
 from moe_runtime.conversion.options import ConversionOptions
-from moe_runtime.conversion.roles import EXPERTS, expert_of, layer_of, num_experts, num_layers
+from moe_runtime.conversion.roles import (
+    EXPERTS,
+    expert_of,
+    layer_of,
+    num_experts,
+    num_layers,
+    source_format,
+)
 
 
 def check_inventory(
@@ -28,6 +35,26 @@ def check_inventory(
         _check_experts(weights, roles, config)
     if "router" not in options.allow:
         _check_routers(weights, roles)
+
+
+def different_experts(weights: Sequence[LogicalTensor]) -> Iterator[tuple[str, str]]:
+    """Names of experts that differ in shape or stored format from most of their layer, and how."""
+    groups: dict[tuple[str, str], list[LogicalTensor]] = defaultdict(list)
+    for weight in weights:
+        parsed = expert_of(weight.name)
+        if parsed is not None:
+            groups[parsed[0], parsed[2]].append(weight)
+    for group in groups.values():
+        (usual, _), *others = Counter(map(_kind, group)).most_common()
+        if others:
+            example = next(weight.name for weight in group if _kind(weight) == usual)
+            for weight in group:
+                if _kind(weight) != usual:
+                    yield weight.name, f"{_kind(weight)}, where {example} is {usual}"
+
+
+def _kind(weight: LogicalTensor) -> str:
+    return f"{source_format(weight)} {weight.shape}"
 
 
 def _check_layers(weights: Sequence[LogicalTensor], config: Mapping[str, Any]) -> None:

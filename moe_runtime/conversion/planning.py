@@ -21,7 +21,7 @@ from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.conversion.decisions import Decision, decide, skip_reason
 from moe_runtime.conversion.errors import ConversionError, refused
-from moe_runtime.conversion.inventory import check_inventory
+from moe_runtime.conversion.inventory import check_inventory, different_experts
 from moe_runtime.conversion.layouts import (
     COMPRESSED_TENSORS,
     DEEPSEEK,
@@ -209,6 +209,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConversionOptions) -> Conve
     kept = [weight for weight in weights if not skip_reason(weight)]
     _require_known_names(kept, options)
     check_inventory(kept, roles, config, options)
+    _require_equal_experts(kept, options)
     _check_family(checkpoint, options)
     layout = choose_layout(kept, roles, config, options)
     tasks = list(_tasks(kept, roles, config, options, layout))
@@ -251,6 +252,12 @@ def _require_known_names(weights: Sequence[LogicalTensor], options: ConversionOp
                 f"--keep {pattern}: no weight has such a name, {weights[0].name} for example",
                 hint="give a part of a name, or a glob over the whole of it",
             )
+
+
+def _require_equal_experts(weights: Sequence[LogicalTensor], options: ConversionOptions) -> None:
+    found = next(different_experts(weights), None)
+    if found is not None and "different-experts" not in options.allow:
+        raise refused("different-experts", f"{found[0]}: {found[1]}")
 
 
 def _check_family(checkpoint: Checkpoint, options: ConversionOptions) -> None:

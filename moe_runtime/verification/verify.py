@@ -23,12 +23,11 @@ from loaders.logical import LogicalTensor, logical_tensors
 from loaders.tensor_rows import RowReader
 from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.decisions import skip_reason
-from moe_runtime.conversion.inventory import check_inventory
+from moe_runtime.conversion.inventory import check_inventory, different_experts
 from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.planning import unlisted_files
-from moe_runtime.conversion.records import source_format
 from moe_runtime.conversion.report import REPORT_JSON
-from moe_runtime.conversion.roles import expert_of, role_of
+from moe_runtime.conversion.roles import role_of, source_format
 from moe_runtime.models.gpt_oss_original import as_huggingface
 from moe_runtime.models.registry import plan_model
 from moe_runtime.verification.against import (
@@ -132,7 +131,8 @@ def check_names(checkpoint: Checkpoint, weights: Sequence[LogicalTensor]) -> Ite
     if extra:
         message = f"{listed(list(extra))}: in the folder, but no tensor of it is in the index"
         yield Finding("files", message, is_error=False)
-    yield from _different_experts(weights)
+    for name, message in different_experts(weights):
+        yield Finding("names", message, name)
 
 
 def _quantization_claims(
@@ -147,22 +147,6 @@ def _quantization_claims(
         yield Finding("config", message, is_error=False)
     if claimed and not quantized:
         yield Finding("config", "quantization_config, but no weight is quantized", is_error=False)
-
-
-def _different_experts(weights: Sequence[LogicalTensor]) -> Iterator[Finding]:
-    """Experts of one layer that differ in shape or format."""
-    first: dict[tuple[str, str], LogicalTensor] = {}
-    for weight in weights:
-        parsed = expert_of(weight.name)
-        if parsed is None:
-            continue
-        known = first.setdefault((parsed[0], parsed[2]), weight)
-        if known.shape != weight.shape or known.format is not weight.format:
-            message = (
-                f"{source_format(weight)} {weight.shape}, where {known.name} is "
-                f"{source_format(known)} {known.shape}"
-            )
-            yield Finding("names", message, weight.name)
 
 
 class _Run:

@@ -469,6 +469,16 @@ def set_nan(name):
         (lambda t: t.pop(EXPERT + "up_proj.weight"), "missing-tensors", "1 of 4 experts have no"),
         (lambda t: [t.pop(n) for n in list(t) if "layers.1." in n], "missing-tensors", "layer 1"),
         (lambda t: t.pop("model.layers.1.mlp.gate.weight"), "router", "no router was found in"),
+        (
+            lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(64, 96)}),
+            "different-experts",
+            r"experts.2.up_proj.weight: fp32 \(64, 96\), where .*experts.0.* bf16 \(64, 128\)",
+        ),
+        (
+            lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(64, 128).to(torch.int8)}),
+            "different-experts",
+            r"experts.2.up_proj.weight: i8 \(64, 128\), where",
+        ),
     ],
 )
 def test_refusals_and_insisting(source, change, refusal, message):
@@ -715,6 +725,13 @@ def test_huge_weights_have_finite_figures_or_are_refused(source, capsys):
     with pytest.raises(ConversionError, match=r"up_proj.weight: a weight of 3.3e\+38 is infinity"):
         run(source, "mxfp4")
     run(source, "mxfp4", keep=(EXPERT + "up_proj",))
+
+
+def test_sizes_that_are_no_numbers_are_refused(source):
+    for key in ("num_hidden_layers", "num_experts", "hidden_size"):
+        write_tiny_moe(source, stacked(tiny_tensors()), settings=config(**{key: "two"}))
+        with pytest.raises(CheckpointError, match=f"{key}: expected a whole number, found 'two'"):
+            run(source)
 
 
 def test_a_keep_that_keeps_nothing_is_refused(source):

@@ -248,7 +248,7 @@ def test_the_verb(converted, source, capsys):
     assert cli.run(["verify", str(output)]) == 1
     shown = capsys.readouterr().out
     assert "  error: numbers: lm_head.weight found nan at [7, 5]" in shown
-    assert "not sound: 1 errors" in shown
+    assert "not sound: 1 error;" in shown
     assert cli.run(["verify", str(output / "nothing")]) == 1
     assert "no such folder" in capsys.readouterr().out
     assert cli.run(["verify", str(output), "--against", str(output / "nothing")]) == 1
