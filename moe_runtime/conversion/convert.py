@@ -72,7 +72,7 @@ def convert(
     error or kill the same call goes on with the shard that was being written, to the same bytes.
     """
     keep_freed_memory()
-    output = output.expanduser()
+    output = output.expanduser().resolve()  # a link may lead to another disk
     partial = partial_folder(output)
     source = open_for_conversion(model, output, revision)
     plan = plan_conversion(source.checkpoint, options)
@@ -96,7 +96,7 @@ def convert(
 
 def open_for_conversion(model: str, output: Path, revision: str | None) -> Source:
     """The headers of a model; its shards, if it is on the hub, will come beside the result."""
-    return open_source(model, revision, partial_folder(output) / DOWNLOADS)
+    return open_source(model, revision, partial_folder(output.resolve()) / DOWNLOADS)
 
 
 class _Conversion:

@@ -281,6 +281,28 @@ def test_a_home_folder_is_a_home_folder(source, options, monkeypatch):
     assert (source.parent / "at-home" / "config.json").is_file()
 
 
+def test_a_link_leads_to_another_folder(source, options, tmp_path):
+    """Everything is written where the link leads, and the link stays."""
+    for name in ("there", "not-yet"):
+        link, target = tmp_path / f"link-to-{name}", tmp_path / "elsewhere" / name
+        target.parent.mkdir(exist_ok=True)
+        if name == "there":
+            target.mkdir()
+        link.symlink_to(target)
+        convert(str(source), link, options, progress=False)
+        assert link.is_symlink() and (target / "config.json").is_file()
+
+
+def test_the_folder_one_is_in(source, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(source)
+    with pytest.raises(ConversionError, match="is the source itself"):
+        convert(str(source), Path("."), options, progress=False)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    convert(str(source), Path("."), options, progress=False)
+    assert (tmp_path / "inside" / "config.json").is_file()
+
+
 def test_memory_is_bounded(tmp_path):
     """A stacked tensor of 200 MB in fp32 is converted where less than a third of that is free."""
     code = """
