@@ -62,9 +62,9 @@ def describe(found: Verification) -> list[str]:
     lines += [f"  and {more} more: see --json"] if more > 0 else []
     errors = sum(finding.is_error for finding in found.findings)
     verdict = "sound" if found.sound else f"not sound: {errors} error{'s' if errors > 1 else ''}"
-    rate = found.nbytes / max(found.seconds, 1e-9) / 1e6
-    size = f"{found.nbytes / 1e6:.1f} MB in {found.seconds:.1f} s ({rate:.0f} MB/s)"
-    return [*lines, f"  {verdict}; {len(found.tensors)} weights, {size}"]
+    rate = found.bytes_read / max(found.seconds, 1e-9) / 1e6
+    size = f"{found.bytes_read / 1e6:.1f} MB in {found.seconds:.1f} s ({rate:.0f} MB/s)"
+    return [*lines, f"  {verdict}; {len(found.tensors)} weights, read {size}"]
 
 
 def _table(found: Verification) -> list[str]:

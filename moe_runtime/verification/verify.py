@@ -102,8 +102,9 @@ def verify(
         on_total(sum(weight.nbytes for weight in weights))
         run = _Run(ours, weights, theirs, on_bytes)
         findings = [*check_names(ours, weights), *run.pairing(), *run.check_numbers()]
+    seconds = time.perf_counter() - started
     return Verification(
-        tuple(findings), tuple(run.checked), theirs is not None, time.perf_counter() - started
+        tuple(findings), tuple(run.checked), theirs is not None, seconds, run.bytes_read
     )
 
 
@@ -167,6 +168,12 @@ class _Run:
         self.source_reader = None if theirs is None else RowReader(theirs.path)
         self.on_bytes = on_bytes
         self.checked: list[CheckedTensor] = []
+
+    @property
+    def bytes_read(self) -> int:
+        """From all files."""
+        theirs = 0 if self.source_reader is None else self.source_reader.bytes_read
+        return self.reader.bytes_read + theirs
 
     def pairing(self) -> Iterator[Finding]:
         """Weights that the source does not have, and of the source that are missing here."""

@@ -1,7 +1,10 @@
 """`convert`: what becomes of every tensor, the files around them, options and refusals."""
 
+import io
 import json
 import os
+import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -645,6 +648,26 @@ def test_dry_run_writes_nothing_and_tells_the_sizes(source, capsys):
     assert written <= foreseen["disk_bytes"] and foreseen["memory_bytes"] < 2e9
     plan = plan_conversion(open_folder(source), ConversionOptions("nvfp4"))
     assert plan.output_bytes == sum(p.stat().st_size for p in output.glob("*.safetensors"))
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_has_bytes_rate_and_time_left(source, monkeypatch, capsys):
+    output = source.parent / "out"
+    arguments = ["--to", "mxfp4", "--output", str(output)]
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert cli.run(["convert", str(source), *arguments]) == 0
+    size = sum(weight.nbytes for weight in tiny_tensors().values()) / 1e3
+    shown = sys.stderr.getvalue()
+    assert re.search(rf"Converting: 100%.*{size:.0f}k/{size:.0f}k \[00:0\d<00:00, .*B/s\]", shown)
+    assert re.search(rf"read {size / 1e3:.1f} MB in \d+\.\d s \(\d+ MB/s\)", shown)
+    monkeypatch.setattr("sys.stderr", Terminal())
+    assert cli.run(["verify", str(output), "--against", str(source)]) == 0
+    assert re.search(r"verify: 100%.*\[00:0\d<00:00, .*B/s\]", sys.stderr.getvalue())
+    assert re.search(r"weights, read \d+\.\d MB in \d+\.\d s \(\d+ MB/s\)", capsys.readouterr().out)
 
 
 def test_the_command_line_tells_what_is_wrong(source, capsys):

@@ -68,6 +68,8 @@ def at(place, value):
 def test_what_convert_writes_is_sound(converted, source, to):
     found = verify(converted(to, dense="fp8-block"), source)
     assert messages(found) == [] and found.sound and found.compared
+    read = found.nbytes + sum(weight.nbytes for weight in tiny_tensors().values())
+    assert read <= found.bytes_read < read * 1.01  # tensor scales are read for each piece
     tensors = tiny_tensors()
     assert {tensor.name for tensor in found.tensors} == tensors.keys()
     for tensor in found.tensors:
