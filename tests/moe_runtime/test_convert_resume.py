@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
@@ -22,7 +23,7 @@ from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.folders import locked, partial_folder
 from moe_runtime.conversion.journal import JOURNAL, Journal
 from moe_runtime.conversion.options import ConversionOptions
-from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
+from tests.loaders.hub_server import COMMIT, ROOT, FakeHub, client_environment, serve
 from tests.oracles.tiny_moe import config, stacked, tiny_tensors, write_tiny_moe
 
 SHARD_BYTES = 60_000
@@ -405,8 +406,8 @@ def hub(source):
         yield running
 
 
-def convert_from_hub(hub, output, cache, wait=True):
-    command = [sys.executable, "-m", "moe_runtime", "convert", "acme/tiny"]
+def convert_from_hub(hub, output, cache, *options, wait=True, status=0):
+    command = [sys.executable, "-m", "moe_runtime", "convert", "acme/tiny", *options]
     command += ["--to", "nvfp4", "--shard-size", "60kB", "--output", str(output)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=client_environment(hub, cache), text=True,
@@ -415,8 +416,8 @@ def convert_from_hub(hub, output, cache, wait=True):
     if not wait:
         return process
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    return process
+    assert process.returncode == status, errors
+    return errors
 
 
 def wait_for_part(folder):
@@ -459,3 +460,21 @@ def test_dropped_connections_are_taken_up_again(source, hub, options, tmp_path):
             hub.drop_after[name] = [100_000, 150_000, 50_000]
     convert_from_hub(hub, tmp_path / "from-hub", tmp_path / "cache")
     assert weights(tmp_path / "from-hub") == weights(run(source, options))
+
+
+def test_a_revision_and_bytes_of_the_hub_are_what_they_say(hub, tmp_path):
+    """A shard whose hash is not the hub's is refused; a revision goes into report and card."""
+    output, cache = tmp_path / "from-hub", tmp_path / "cache"
+    errors = convert_from_hub(hub, output, cache, "--revision", "no-such", status=1)
+    assert "no-such" in errors and "Traceback" not in errors
+    shard = next(name for name in hub.repos["acme/tiny"] if name.endswith(".safetensors"))
+    hub.corrupt.add(shard)
+    errors = convert_from_hub(hub, output, cache, "--revision", COMMIT, status=1)
+    assert (
+        re.search(rf"error: .*{shard}.*(hash|sha256|bytes)", errors) and "Traceback" not in errors
+    )
+    assert not output.exists()
+    hub.corrupt.clear()
+    convert_from_hub(hub, output, cache, "--revision", COMMIT)
+    assert json.loads((output / "conversion_report.json").read_text())["meta"]["revision"] == COMMIT
+    assert f"acme/tiny at {COMMIT}" in (output / "README.md").read_text()

@@ -35,6 +35,8 @@ from tests.oracles.published_headers import (
     gpt_oss,
     qwen3_30b,
 )
+from tests.oracles.tiny_deepseek import Sizes, write_tiny_deepseek
+from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 
 H100 = find_gpu("h100")
@@ -179,6 +181,28 @@ def test_prediction_is_allocation(which, tiny):
     buffers = storage_bytes(backend) - loaded - cache_bytes
     assert 0 < buffers <= row.workspace_bytes
     assert row.total_bytes == loaded + cache_bytes + row.workspace_bytes + RESERVE_BYTES
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
+def test_weights_of_deepseek_are_what_is_loaded(family, tmp_path):
+    """To the byte, by component, as the runtime's own plan; layers of MTP are in neither."""
+    if family == "deepseek_v4":
+        write_tiny_deepseek_v4(tmp_path)
+    else:
+        whole_blocks = Sizes(family=family, d=256, w=256)  # others are decoded, on a CPU alone
+        write_tiny_deepseek(tmp_path, whole_blocks, format="fp8")
+    with open_folder(tmp_path) as checkpoint:
+        report = plan_checkpoint(checkpoint, H100, context=1000)
+        opened = plan_model(checkpoint)
+        config = opened.config
+        weights = load_weights(
+            checkpoint, opened.table, config.dims, config.num_layers, device="cpu"
+        )
+    plan = MemoryPlan(config, weights_by_component(opened.plan.nbytes), 1000)
+    assert report.what_if[0].weight_bytes == sum(weight.nbytes for weight in weights.values())
+    assert report.read_by_component == {k: v for k, v in plan.decode_bytes(1000).items() if v}
+    row = next(row for row in report.contexts if row.context == 1000)
+    assert (row.cache_bytes, row.total_bytes) == (plan.cache_bytes, plan.total_bytes)
 
 
 def storage_bytes(root) -> int:
