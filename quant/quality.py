@@ -30,6 +30,7 @@ class TensorQuality:
     weights: int = 0
     signal: float = 0.0  # sum of squared weights
     noise: float = 0.0  # sum of squared errors
+    plain_noise: float = 0.0  # the same without the search for scales; 0 where there was none
     largest: float = 0.0  # largest magnitude of a weight
     max_abs_error: float = 0.0
     saturated: int = 0  # weights beyond the largest value of their block, clipped to it
@@ -49,9 +50,12 @@ class TensorQuality:
     @property
     def sqnr_db(self) -> float | None:
         """Signal to noise ratio in dB; None if either of them is zero or not finite."""
-        if not (0 < self.noise < math.inf and 0 < self.signal < math.inf):
-            return None
-        return 10 * math.log10(self.signal / self.noise)
+        return _decibels(self.signal, self.noise)
+
+    @property
+    def plain_sqnr_db(self) -> float | None:
+        """The same of the plain rule; None where there was no search."""
+        return _decibels(self.signal, self.plain_noise)
 
     @property
     def relative_mse(self) -> float:
@@ -67,6 +71,7 @@ class TensorQuality:
         """Plain data for JSON, from which `from_dict` makes an equal object."""
         return {
             "sqnr_db": self.sqnr_db,
+            "plain_sqnr_db": self.plain_sqnr_db,
             "relative_mse": self.relative_mse,
             "saturated_share": self.saturated_share,
             **{name: getattr(self, name) for name in _SUMMED + _LARGEST},
@@ -81,7 +86,7 @@ class TensorQuality:
 
 
 _SUMMED = (
-    *("weights", "signal", "noise", "saturated", "vanished"),
+    *("weights", "signal", "noise", "plain_noise", "saturated", "vanished"),
     *("blocks", "zero_blocks", "zero_scales", "nan_scales"),
 )
 _LARGEST = ("largest", "max_abs_error")
@@ -125,6 +130,12 @@ def measure(weight: Tensor, stored: QuantTensor) -> TensorQuality:
 
     tiles = tiles_of(stack, block)
     return merge([_scale_figures(stored), *for_each(tiles, measure_tile, weight.device)])
+
+
+def _decibels(signal: float, noise: float) -> float | None:
+    if not (0 < noise < math.inf and 0 < signal < math.inf):
+        return None
+    return 10 * math.log10(signal / noise)
 
 
 def _block_of(stored: QuantTensor) -> tuple[int, int]:

@@ -204,7 +204,10 @@ def report_facts(report: dict[str, Any]) -> dict[str, Any]:
             "component": part["component"],
             **{key: part[key] for key in ("converted", "copied", "skipped", "bytes", "formats")},
             "source_bytes": part["source_bytes"],
-            "sqnr_db": part["quality"]["sqnr_db"] if part["quality"] else None,
+            **{
+                key: part["quality"][key] if part["quality"] else None
+                for key in ("sqnr_db", "plain_sqnr_db")
+            },
         }
         for part in report["components"]
     ]
@@ -226,6 +229,8 @@ def _print(facts: dict[str, Any], headline: str, as_json: bool) -> None:
     lines = [headline, f"  {'':18}{'converted':>10}{'copied':>8}{'bytes':>12}  formats"]
     for part in facts["components"]:
         sqnr = f", SQNR {part['sqnr_db']:.2f} dB" if part["sqnr_db"] is not None else ""
+        if part["plain_sqnr_db"] is not None:
+            sqnr += f" ({part['plain_sqnr_db']:.2f} dB by the plain rule)"
         formats = ", ".join(part["formats"]) + sqnr
         lines.append(
             f"  {part['component']:18}{part['converted']:>10}{part['copied']:>8}"

@@ -85,7 +85,7 @@ def _quality_figures(report: Mapping[str, Any]) -> list[str]:
         "<h2>Signal to noise</h2>",
         "<p>10 log10 of the squared weights over the squared errors, in dB: 6 dB more is half the "
         "error. Weights drawn from a normal distribution have about 19 dB in MXFP4, 20 dB in NVFP4 "
-        "and 31 dB in FP8.</p>",
+        "and 31 dB in FP8. Where scales were searched for, the plain rule's is in brackets.</p>",
         bars(by_component, "dB", "Signal to noise by component"),
         dots(_by_layer(measured), "dB", "Signal to noise of each tensor by layer"),
         "<h2>The worst ten</h2>" if worst_rows else "",
@@ -158,8 +158,10 @@ def _quality_cells(quality: Mapping[str, Any] | None) -> str:
         return "<td>-</td>" * len(_QUALITY_HEADS)
     found = quality["sqnr_db"]
     blocks = quality["blocks"]
+    plain = quality["plain_sqnr_db"]
+    beside = "" if plain is None else f" ({plain:.2f})"
     cells = (
-        "exact" if found is None else f"{found:.2f}",
+        "exact" if found is None else f"{found:.2f}{beside}",
         f"{quality['max_abs_error']:.3g}",
         f"{100 * quality['saturated_share']:.2f} %",
         f"{100 * quality['zero_blocks'] / blocks:.2f} %" if blocks else "-",

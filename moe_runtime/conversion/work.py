@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -144,8 +144,12 @@ class Workshop:
             return None
         weight = self._numbers(output.source, chunk)
         assert output.format is not None
-        stored = encode(weight, output.format, **self._settings(output, whole))
+        settings = self._settings(output, whole)
+        stored = encode(weight, output.format, **settings)
         quality = measure(weight, stored)
+        if settings.pop("scale_search", None):
+            plain = measure(weight, encode(weight, output.format, **settings))
+            quality = replace(quality, plain_noise=plain.noise)
         if not math.isfinite(quality.max_abs_error):
             raise ConversionError(
                 f"{output.source.name}: a weight of {quality.largest:.3g} is infinity in "

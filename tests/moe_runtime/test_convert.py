@@ -247,6 +247,28 @@ def test_scale_rule_and_search_reach_the_codec(source):
         assert torch.equal(decode(read_all(output)[name]), decode(expected[name]))
 
 
+def test_a_search_is_reported_beside_the_plain_rule(source, capsys):
+    for to in ("mxfp4", "nvfp4", "mxfp8"):
+        _, plain = run(source, to, name=f"{to}-plain")
+        searched, report = run(source, to, name=f"{to}-searched", scale_search="mse")
+        before = {record["name"]: record["quality"] for record in plain["tensors"]}
+        for record in report["tensors"]:
+            if record["quality"] is not None:
+                ours, theirs = record["quality"], before[record["name"]]
+                assert ours["plain_noise"] == pytest.approx(theirs["noise"], rel=1e-12)
+                assert ours["plain_sqnr_db"] == pytest.approx(theirs["sqnr_db"], rel=1e-12)
+                assert ours["sqnr_db"] >= ours["plain_sqnr_db"]
+                assert theirs["plain_noise"] == 0 and theirs["plain_sqnr_db"] is None
+    arguments = ["convert", str(source), "--to", "mxfp8", "--scale-search", "mse"]
+    assert cli.run([*arguments, "--output", str(searched)]) == 0
+    assert re.search(
+        r"SQNR \d+\.\d\d dB \(\d+\.\d\d dB by the plain rule\)", capsys.readouterr().out
+    )
+    quality = report["components"][[p["component"] for p in report["components"]].index("experts")]
+    both = f"{quality['quality']['sqnr_db']:.2f} ({quality['quality']['plain_sqnr_db']:.2f})"
+    assert both in (searched / "conversion_report.html").read_text()
+
+
 def deepseek_source(folder, *, mtp=True):
     """The tiny MoE with FP8 blocks in attention and experts, and a layer of MTP behind the last."""
     tensors = tiny_tensors(layers=LAYERS + mtp)
