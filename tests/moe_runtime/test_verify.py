@@ -147,6 +147,19 @@ def test_damaged_scales_and_codes(converted, to, part, change, expected):
     assert all(EXPERT in text for text in messages(found))
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (64, 1)], ids=str)
+def test_equal_scales_are_suspect_but_one_for_all_is_not(tmp_path, shape):
+    """ModelOpt's FP8 has one scale a tensor, which each row is read with."""
+    tensors = tiny_tensors()
+    for name in [name for name in tensors if "up_proj" in name and ".experts." in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name + "_scale"] = torch.full(shape, 0.5)
+    write_tiny_moe(tmp_path, tensors, settings=SETTINGS)
+    warned = [text for text in messages(verify(tmp_path), errors=False) if "scales" in text]
+    assert len(warned) == (8 if shape == (64, 1) else 0)
+    assert all("all 64 scales are the same" in text for text in warned)
+
+
 def test_numbers_that_are_not_finite(tmp_path):
     write_tiny_moe(tmp_path, settings=SETTINGS)
     edit(tmp_path, "lm_head.weight", at((7, 5), torch.inf))
