@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 @click.option("--window", type=click.IntRange(min=2), metavar="N",
               help="Tokens read at once; default: 1024, or the context if smaller.")  # fmt: skip
 @click.option("--add-to-report", is_flag=True,
-              help="Also write the figures into the conversion report in MODEL.")  # fmt: skip
+              help="Also write the figures into MODEL's conversion report and card.")  # fmt: skip
 @json_option
 def command(
     model: str,
@@ -66,6 +66,7 @@ def command(
     to, so give the source of a conversion there. Both are in memory at the same time.
     """
     # Slow imports: torch.
+    from moe_runtime.conversion.card import with_evaluation
     from moe_runtime.conversion.report import read_report, write_report
     from moe_runtime.evaluation import evaluate
     from moe_runtime.model import MoeModel
@@ -101,6 +102,10 @@ def command(
     if report is not None:
         records, meta = report
         write_report(Path(model), records, {**meta, "evaluation": figures})
+        card = Path(model) / "README.md"
+        if card.is_file():
+            text = card.read_text(encoding="utf-8")
+            card.write_text(with_evaluation(text, figures), encoding="utf-8")
     if as_json:
         print_json({"model": model, **figures})
     else:

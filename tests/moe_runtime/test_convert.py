@@ -194,6 +194,19 @@ def test_the_base_model_of_a_folder_is_named_on_request(source):
         ConversionOptions("mxfp4", base_model="tiny: x")
 
 
+def test_the_card_names_what_opens_the_result(source, tmp_path):
+    write_tiny_gpt_oss(tmp_path / "gpt-oss", layers=2)
+    for to, opens, library in (
+        ("mxfp4", "vLLM, SGLang and transformers open", "transformers"),
+        ("nvfp4", "does not read experts in nvfp4 rightly", "vllm"),
+    ):
+        card = (run(source, to, name=to)[0] / "README.md").read_text()
+        assert opens in card and f"library_name: {library}\n" in card
+    output, _ = run(tmp_path / "gpt-oss", "mxfp8", allow=frozenset({"requantize"}))
+    card = (output / "README.md").read_text()
+    assert "by moe-runtime alone" in card and "library_name: moe-runtime\n" in card
+
+
 def test_compressed_tensors_config(source):
     output, _ = run(source, "mxfp4")
     written = json.loads((output / "config.json").read_text())

@@ -116,6 +116,13 @@ def test_figures_go_into_the_report_of_a_conversion(capsys, tmp_path):
     assert saved == before
     page = (output / "conversion_report.html").read_text()
     assert f"perplexity {found['perplexity']:.6g}" in page and "top1 agreement 1" in page
+    card = (output / "README.md").read_text()
+    assert cli.run(["eval", str(output), *options]) == 0
+    again = (output / "README.md").read_text()
+    start, _, section = card.partition("## Evaluation\n")
+    assert "- KL from it" in section and "- the same best token 100.00 %" in section
+    assert again.partition("## Evaluation\n")[0] == start and "| experts |" in start
+    assert again.count("- perplexity") == 1
     capsys.readouterr()
     assert cli.run(["eval", "demo", *options]) == 1
     assert "demo: no conversion_report.json" in capsys.readouterr().err
