@@ -59,10 +59,10 @@ def forks():
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
 
-        def ask(source, output, kill_at=None):
+        def ask(source, output, kill_at=None, overwrite=False):
             request = {
                 **{"source": str(source), "output": str(output), "to": "nvfp4"},
-                **{"shard_bytes": SHARD_BYTES, "kill_at": kill_at},
+                **{"shard_bytes": SHARD_BYTES, "kill_at": kill_at, "overwrite": overwrite},
             }
             print(json.dumps(request), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
@@ -86,6 +86,24 @@ def test_killed_at_random_moments_it_comes_to_the_same_bytes(source, forks, tmp_
         assert content(output) == expected, f"killed at call {moment}"
         assert not partial_folder(output).exists()
         shutil.rmtree(output, ignore_errors=True)
+
+
+def test_killed_while_it_replaces_a_checkpoint(source, forks, tmp_path):
+    """At each of the last calls, renames among them: the new one comes, nothing else stays."""
+    old = run(source, ConversionOptions("mxfp8"), name="old")
+    shutil.copytree(old, tmp_path / "whole")
+    whole = forks(source, tmp_path / "whole", overwrite=True)
+    expected = content(tmp_path / "whole")
+    for moment in range(whole["calls"] - 7, whole["calls"] + 1):
+        output = tmp_path / "out"
+        shutil.copytree(old, output)
+        assert forks(source, output, kill_at=moment, overwrite=True)["killed"]
+        left = {path.name for path in tmp_path.iterdir() if path.name.startswith("out")}
+        assert left & {"out", "out.replaced"}, "one of both is always there"
+        assert forks(source, output, overwrite=True)["status"] == 0
+        assert content(output) == expected, f"killed at call {moment}"
+        assert {p.name for p in tmp_path.iterdir() if p.name.startswith("out")} == {"out"}
+        shutil.rmtree(output)
 
 
 def test_killed_again_and_again_it_gets_on(source, forks, tmp_path):
