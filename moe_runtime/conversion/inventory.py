@@ -1,4 +1,4 @@
-"""Whether a source is whole: layers, experts and routers, counted from names before any is read.
+"""Whether a source is whole: layers, experts and routers, known from names before any is read.
 
 Tools have dropped layers, heads and experts and left an index that agreed with itself.
 """
@@ -9,10 +9,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from loaders.checkpoint import Checkpoint
+from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import listed
 from loaders.logical import LogicalTensor
-from moe_runtime.conversion.errors import refused
-from moe_runtime.conversion.options import ConversionOptions
+from moe_runtime.conversion.errors import ConversionError, refused
+from moe_runtime.conversion.options import ConversionOptions, matches
 from moe_runtime.conversion.roles import (
     EXPERTS,
     expert_of,
@@ -21,6 +23,20 @@ from moe_runtime.conversion.roles import (
     num_layers,
     source_format,
 )
+from moe_runtime.models.registry import plan_model
+
+
+def check_source(
+    checkpoint: Checkpoint,
+    weights: Sequence[LogicalTensor],
+    roles: Mapping[str, str],
+    options: ConversionOptions,
+) -> None:
+    """Raise ConversionError for anything that headers tell and no conversion should carry on."""
+    _require_known_names(weights, options)
+    check_inventory(weights, roles, checkpoint.config, options)
+    _require_equal_experts(weights, options)
+    _check_family(checkpoint, options)
 
 
 def check_inventory(
@@ -112,3 +128,30 @@ def _check_routers(weights: Sequence[LogicalTensor], roles: Mapping[str, str]) -
             "router",
             f"no router was found in layer {listed(list(map(str, alone)))}, which has experts",
         )
+
+
+def _require_known_names(weights: Sequence[LogicalTensor], options: ConversionOptions) -> None:
+    """Raise ConversionError for a --keep that would keep nothing."""
+    for pattern in options.keep:
+        if not any(matches(pattern, weight.name) for weight in weights):
+            raise ConversionError(
+                f"--keep {pattern}: no weight has such a name, {weights[0].name} for example",
+                hint="give a part of a name, or a glob over the whole of it",
+            )
+
+
+def _require_equal_experts(weights: Sequence[LogicalTensor], options: ConversionOptions) -> None:
+    found = next(different_experts(weights), None)
+    if found is not None and "different-experts" not in options.allow:
+        raise refused("different-experts", f"{found[0]}: {found[1]}")
+
+
+def _check_family(checkpoint: Checkpoint, options: ConversionOptions) -> None:
+    """Of a family that we run every name and shape is known: raise ConversionError for others."""
+    try:
+        plan_model(checkpoint)
+    except UnsupportedModelError:
+        return
+    except CheckpointError as error:
+        if "model" not in options.allow:
+            raise refused("model", error.message) from error

@@ -17,11 +17,10 @@ from functools import cached_property
 from typing import Any
 
 from loaders.checkpoint import Checkpoint
-from loaders.errors import CheckpointError, UnsupportedModelError
+from loaders.errors import UnsupportedModelError
 from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.conversion.decisions import Decision, decide, skip_reason
-from moe_runtime.conversion.errors import ConversionError, refused
-from moe_runtime.conversion.inventory import check_inventory, different_experts
+from moe_runtime.conversion.inventory import check_source
 from moe_runtime.conversion.layouts import (
     COMPRESSED_TENSORS,
     DEEPSEEK,
@@ -30,10 +29,9 @@ from moe_runtime.conversion.layouts import (
     part,
     written_parts,
 )
-from moe_runtime.conversion.options import ConversionOptions, matches
+from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.roles import DENSE_ROLES, EXPERTS, expert_of, hidden_size, role_of
 from moe_runtime.models.gpt_oss_original import as_huggingface
-from moe_runtime.models.registry import plan_model
 from quant.formats import BF16, NVFP4, QuantFormat
 
 # Names of one expert's gate -> its up: what is used side by side shares one NVFP4 tensor scale.
@@ -207,10 +205,7 @@ def plan_conversion(checkpoint: Checkpoint, options: ConversionOptions) -> Conve
     roles = {weight.name: role_of(weight, config) for weight in weights}
     skipped = [(weight, why) for weight in weights if (why := skip_reason(weight))]
     kept = [weight for weight in weights if not skip_reason(weight)]
-    _require_known_names(kept, options)
-    check_inventory(kept, roles, config, options)
-    _require_equal_experts(kept, options)
-    _check_family(checkpoint, options)
+    check_source(checkpoint, kept, roles, options)
     layout = choose_layout(kept, roles, config, options)
     tasks = list(_tasks(kept, roles, config, options, layout))
     if not renamed and not changes_anything(output for task in tasks for output in task.outputs):
@@ -242,33 +237,6 @@ def unlisted_files(checkpoint: Checkpoint) -> tuple[str, ...]:
     prefixes = {file.rpartition("/")[0] for file in used}
     names = [name for name in checkpoint.files.names() if name.endswith(".safetensors")]
     return tuple(sorted(n for n in names if n not in used and n.rpartition("/")[0] in prefixes))
-
-
-def _require_known_names(weights: Sequence[LogicalTensor], options: ConversionOptions) -> None:
-    """Raise ConversionError for a --keep that would keep nothing."""
-    for pattern in options.keep:
-        if not any(matches(pattern, weight.name) for weight in weights):
-            raise ConversionError(
-                f"--keep {pattern}: no weight has such a name, {weights[0].name} for example",
-                hint="give a part of a name, or a glob over the whole of it",
-            )
-
-
-def _require_equal_experts(weights: Sequence[LogicalTensor], options: ConversionOptions) -> None:
-    found = next(different_experts(weights), None)
-    if found is not None and "different-experts" not in options.allow:
-        raise refused("different-experts", f"{found[0]}: {found[1]}")
-
-
-def _check_family(checkpoint: Checkpoint, options: ConversionOptions) -> None:
-    """Of a family that we run every name and shape is known: raise ConversionError for others."""
-    try:
-        plan_model(checkpoint)
-    except UnsupportedModelError:
-        return
-    except CheckpointError as error:
-        if "model" not in options.allow:
-            raise refused("model", error.message) from error
 
 
 def _nothing_to_do(

@@ -2,7 +2,7 @@
 
 Reads one JSON request a line: {"source", "output", "to", "shard_bytes", "overwrite", "kill_at"}.
 The fork counts the calls that reach the disk and kills itself with SIGKILL at the one numbered
-kill_at, in the middle of it if it is a write. Answers {"killed": bool, "status": int, "calls": int}.
+kill_at, in the middle of it if it is a write; answers {"killed": bool, "status": int, "calls": int}
 """
 
 from __future__ import annotations

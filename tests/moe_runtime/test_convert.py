@@ -1,4 +1,4 @@
-"""`convert`: what becomes of every tensor, the files around them, options and refusals."""
+"""`convert`: what becomes of every tensor, the files around them, options."""
 
 import io
 import json
@@ -10,64 +10,38 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 
 from loaders.checkpoint import open_files, open_folder
-from loaders.errors import CheckpointError, UnsupportedModelError
-from loaders.logical import logical_tensors, read_tensor
+from loaders.logical import logical_tensors
 from moe_runtime import cli
 from moe_runtime.conversion import needs, work
 from moe_runtime.conversion.convert import convert
-from moe_runtime.conversion.errors import REFUSALS, ConversionError
+from moe_runtime.conversion.errors import REFUSALS
 from moe_runtime.conversion.options import TARGETS, ConversionOptions, parse_size
 from moe_runtime.conversion.planning import plan_conversion
 from moe_runtime.conversion.quant_configs import module_patterns
 from moe_runtime.conversion.roles import role_of
 from moe_runtime.conversion.work import divisible_scale
-from moe_runtime.models.registry import plan_model
-from moe_runtime.verification.verify import verify
 from quant import formats
 from quant.codecs import CODECS, decode, encode
 from quant.nvfp4 import tensor_scale_for
 from quant.tensor import QuantTensor
+from tests.moe_runtime.convert_helpers import EXPERT, QUANTIZED, read_all, run
 from tests.oracles.published_headers import gpt_oss
-from tests.oracles.tiny_deepseek import Sizes, write_tiny_deepseek
-from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 from tests.oracles.tiny_moe import (
     EXPERTS,
     LAYERS,
     config,
-    stacked,
     tiny_tensors,
     write_tiny_moe,
 )
-
-QUANTIZED = [target for target in TARGETS if target != "bf16"]
-EXPERT = "model.layers.1.mlp.experts.2."
 
 
 @pytest.fixture
 def source(tmp_path):
     write_tiny_moe(tmp_path / "source")
     return tmp_path / "source"
-
-
-def run(source, to="mxfp4", name="out", **options):
-    """Convert into a folder beside the source; returns it and the report."""
-    output = source.parent / name
-    report = convert(str(source), output, ConversionOptions(to, **options), progress=False)
-    return output, report
-
-
-def read_all(folder):
-    """Every weight of a folder by name: numbers in fp32, or a QuantTensor."""
-    checkpoint = open_folder(folder)
-    return {t.name: read_tensor(checkpoint, t) for t in logical_tensors(checkpoint)}
-
-
-def numbers(weight):
-    return decode(weight) if isinstance(weight, QuantTensor) else weight
 
 
 def expected_experts(tensors, to, **options):
@@ -139,24 +113,6 @@ def test_a_tensor_scale_multiplies_as_its_inverse_divides():
         scale = divisible_scale(before)
         assert before <= scale <= before * (1 + 1e-4)
         assert torch.equal(blocks * scale, blocks / (1 / scale))
-
-
-def test_stacked_experts_become_the_same_files(source, tmp_path):
-    output, _ = run(source, "nvfp4")
-    write_tiny_moe(tmp_path / "stacked", stacked(tiny_tensors()))
-    other, report = run(tmp_path / "stacked", "nvfp4", name="from-stacked")
-    ours, theirs = read_all(output), read_all(other)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(numbers(ours[n]), numbers(theirs[n])) for n in ours)
-    converted = [r["name"] for r in report["tensors"] if r["action"] == "converted"]
-    assert len(converted) == 2 * LAYERS and converted[0].endswith(("gate_up_proj", "down_proj"))
-
-
-def test_stacked_experts_of_unknown_orientation_are_refused(tmp_path):
-    tensors = {n: t.mT if t.dim() == 3 else t for n, t in stacked(tiny_tensors()).items()}
-    write_tiny_moe(tmp_path / "source", tensors)
-    with pytest.raises(UnsupportedModelError, match="stacked experts of shape"):
-        run(tmp_path / "source")
 
 
 def test_files_around_the_weights(source):
@@ -282,154 +238,6 @@ def test_a_search_is_reported_beside_the_plain_rule(source, capsys):
     assert both in (searched / "conversion_report.html").read_text()
 
 
-def deepseek_source(folder, *, mtp=True):
-    """The tiny MoE with FP8 blocks in attention and experts, and a layer of MTP behind the last."""
-    tensors = tiny_tensors(layers=LAYERS + mtp)
-    published = {}
-    for name, weight in tensors.items():
-        if name.endswith("_proj.weight"):
-            stored = encode(weight, formats.FP8_BLOCK128)
-            published[name], published[name + "_scale_inv"] = stored.values, stored.scales
-        else:
-            published[name] = weight
-    published["model.layers.0.self_attn.q_proj.input_scale"] = torch.ones(1)
-    fp8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    write_tiny_moe(folder, published, settings=config(quantization_config=fp8))
-    return tensors
-
-
-def test_fp8_source_dense_is_copied_and_mtp_stays(tmp_path):
-    tensors = deepseek_source(tmp_path / "source")
-    output, report = run(tmp_path / "source", "nvfp4")
-    before, found = read_all(tmp_path / "source"), read_all(output)
-    assert found.keys() == tensors.keys()
-    for name, weight in found.items():
-        is_expert = ".experts." in name and "layers.2." not in name
-        if is_expert:
-            assert weight.format is formats.NVFP4
-        else:
-            assert torch.equal(numbers(weight), numbers(before[name])), name
-    actions = {r["name"]: (r["action"], r["reason"]) for r in report["tensors"]}
-    scale = "model.layers.0.self_attn.q_proj.input_scale"
-    assert actions[scale] == ("skipped", "scale of quantized activations")
-    assert actions["model.layers.2.mlp.experts.0.up_proj.weight"][1].startswith("multi-token")
-    quantization = json.loads((output / "config.json").read_text())["quantization_config"]
-    assert quantization["format"] == "mixed-precision"
-    targets = quantization["config_groups"]["group_1"]["targets"]
-    assert r"re:^model\.layers\.2\.mlp\.experts\.\d+\.up_proj$" in targets
-    assert r"re:^model\.layers\.\d+\.self_attn\.q_proj$" in targets
-    # transformers takes the first group that names experts for all of them
-    targets = quantization["config_groups"]["group_0"]["targets"]
-    assert targets[0] == "Linear"
-    assert r"re:^model\.layers\.1\.mlp\.experts\.\d+\.up_proj$" in targets
-
-
-def test_fp8_source_to_bf16_has_nothing_quantized(tmp_path):
-    deepseek_source(tmp_path / "source")
-    output, _ = run(tmp_path / "source", "bf16")
-    before, found = read_all(tmp_path / "source"), read_all(output)
-    assert not any(isinstance(weight, QuantTensor) for weight in found.values())
-    for name, weight in found.items():
-        assert torch.equal(weight, numbers(before[name]).bfloat16()), name
-    assert "quantization_config" not in json.loads((output / "config.json").read_text())
-
-
-@pytest.mark.parametrize(
-    ("family", "to"),
-    [
-        ("deepseek_v3 fp8_e8m0", "mxfp4"),
-        ("deepseek_v32 fp8", "nvfp4"),
-        ("deepseek_v32 fp8", "fp8-block"),
-        ("v4 fp4", "mxfp4"),
-        ("v4 fp4", "bf16"),
-        ("v4 fp8", "nvfp4"),
-        ("v4 fp8", "fp8-block"),
-    ],
-)
-def test_families_of_deepseek(tmp_path, family, to):
-    """From the published forms, MTP and all: experts as the codec makes them, the rest exact."""
-    source = tmp_path / "source"
-    source.mkdir()
-    name, form = family.split()
-    if name == "v4":
-        write_tiny_deepseek_v4(source, expert_dtype=form)
-    else:
-        write_tiny_deepseek(source, Sizes(family=name), format=form)
-    format = formats.TARGETS[to]
-    output, report = run(source, to, allow=frozenset({"requantize"}))
-    before, found = read_all(source), read_all(output)
-    assert found.keys() == before.keys()
-    roles = {record["name"]: record for record in report["tensors"]}
-    for weight_name, weight in before.items():
-        record = roles[weight_name]
-        if record["action"] == "converted":
-            options = {}
-            if to == "nvfp4":
-                options["tensor_scale"] = found[weight_name].tensor_scale
-            expected = decode(encode(numbers(weight), format, **options))
-        else:
-            expected = numbers(weight)
-        assert torch.equal(numbers(found[weight_name]).float(), expected.float()), weight_name
-    experts = [r for r in report["tensors"] if r["component"] == "experts"]
-    assert len(experts) > 50
-    assert {r["format"] for r in experts} <= {format.name, "fp8_block128_e8m0"}
-    written = json.loads((output / "config.json").read_text())
-    assert "expert_dtype" not in written
-
-
-def modelopt_source(folder, algorithm):
-    """The tiny MoE with experts as ModelOpt writes them; returns the numbers they stand for."""
-    published, expected = {}, {}
-    for name, weight in tiny_tensors().items():
-        if ".experts." not in name:
-            published[name] = weight
-            continue
-        base = name.removesuffix("weight")
-        if algorithm == "FP8":  # one scale a tensor
-            scale = weight.abs().max().float() / 448
-            published[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
-            published[base + "weight_scale"] = scale
-            expected[name] = published[name].float() * scale
-        else:
-            stored = encode(weight, formats.NVFP4, tensor_scale=torch.tensor(2.0**-10))
-            published[name], published[base + "weight_scale"] = stored.values, stored.scales
-            published[base + "weight_scale_2"] = stored.tensor_scale
-            expected[name] = decode(stored)
-        published[base + "input_scale"] = torch.tensor(1.0)
-    claim = {"quant_method": "modelopt", "quant_algo": algorithm, "ignore": ["lm_head"]}
-    write_tiny_moe(folder, published, settings=config(quantization_config=claim))
-    return expected
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "to"),
-    [("FP8", "fp8-channel"), ("FP8", "mxfp4"), ("FP8", "bf16"), ("NVFP4", "nvfp4"),
-     ("NVFP4", "fp8-block"), ("NVFP4", "bf16")],
-)  # fmt: skip
-def test_from_modelopt(tmp_path, algorithm, to):
-    """Its own format in the form that transformers opens, and each other one from its numbers."""
-    expected = modelopt_source(tmp_path / "source", algorithm)
-    output, report = run(tmp_path / "source", to, allow=frozenset({"requantize"}))
-    found = read_all(output)
-    same_format = to in ("fp8-channel", "nvfp4")
-    for name, weight in expected.items():
-        converted = weight if same_format else decode(encode(weight, formats.TARGETS[to]))
-        assert torch.equal(numbers(found[name]).float(), converted), name
-    assert report["totals"]["converted"] == (0 if same_format else len(expected))
-    skipped = {r["reason"] for r in report["tensors"] if r["action"] == "skipped"}
-    assert skipped == {"scale of quantized activations"}
-    written = json.loads((output / "config.json").read_text()).get("quantization_config", {})
-    assert written.get("quant_method") == (None if to == "bf16" else "compressed-tensors")
-
-
-def test_the_same_form_again_is_refused(source):
-    first, _ = run(source, "mxfp4", name="first")
-    with pytest.raises(UnsupportedModelError, match="nothing to convert to mxfp4"):
-        run(first, "mxfp4")
-    with pytest.raises(UnsupportedModelError, match="nothing to convert to bf16"):
-        run(source, "bf16")
-
-
 def test_native_fp8_is_the_form_of_deepseek(source):
     output, _ = run(source, "fp8-block", layout="native")
     names = open_folder(output).tensors.keys()
@@ -438,168 +246,6 @@ def test_native_fp8_is_the_form_of_deepseek(source):
     assert quantization["quant_method"] == "fp8"
     assert quantization["weight_block_size"] == [128, 128]
     assert "model.layers.0.mlp.gate" in quantization["modules_to_not_convert"]
-
-
-@pytest.mark.parametrize("to", ["nvfp4", "mxfp8", "fp8-block", "fp8-channel", "bf16"])
-def test_gpt_oss_in_every_format(tmp_path, to):
-    write_tiny_gpt_oss(tmp_path / "source", layers=2, d=160, f=96, experts=4)
-    allow = frozenset({"requantize"})
-    output, _ = run(tmp_path / "source", to, allow=allow)
-    before, found = read_all(tmp_path / "source"), read_all(output)
-    assert found.keys() == before.keys()
-    for name, weight in before.items():
-        if not isinstance(weight, QuantTensor):
-            assert torch.equal(found[name], weight)
-            continue
-        again = encode(decode(weight), formats.TARGETS[to])
-        if to == "nvfp4":
-            scale = divisible_scale(tensor_scale_for(decode(weight)))
-            again = encode(decode(weight), formats.NVFP4, tensor_scale=scale)
-        assert torch.equal(numbers(found[name]).float(), decode(again)), name
-    quantization = json.loads((output / "config.json").read_text()).get("quantization_config")
-    assert (quantization or {}).get("quant_method") == (None if to == "bf16" else "moe_runtime")
-
-
-def test_gpt_oss_comes_back_from_bf16_to_its_published_bytes(tmp_path):
-    """bf16 holds every MXFP4 number, and a block whose largest code is 4 or more has one scale."""
-    published = write_tiny_gpt_oss(tmp_path / "source", layers=2)
-    for name in [n for n in published if n.endswith("_blocks")]:
-        published[name][..., 0] = 0x77  # the largest code in each block
-    for path in (tmp_path / "source").glob("*.safetensors"):
-        save_file({n: published[n] for n in load_file(path)}, path)
-    plain, _ = run(tmp_path / "source", "bf16", name="plain")
-    back, _ = run(plain, "mxfp4", name="back")
-    again = {}
-    for path in back.glob("*.safetensors"):
-        again |= load_file(path)
-    assert again.keys() == published.keys()
-    for name, tensor in published.items():
-        assert torch.equal(tensor, again[name]), name
-    quantization = json.loads((back / "config.json").read_text())["quantization_config"]
-    assert quantization["quant_method"] == "mxfp4"
-
-
-def test_fp8_of_gpt_oss_dense_is_refused(tmp_path):
-    write_tiny_gpt_oss(tmp_path / "source", layers=2)
-    with pytest.raises(UnsupportedModelError, match="no place for scales of dense weights"):
-        run(tmp_path / "source", "mxfp8", dense="fp8-block",
-            allow=frozenset({"requantize"}))  # fmt: skip
-
-
-def broken(source, change):
-    tensors = tiny_tensors()
-    change(tensors)
-    write_tiny_moe(source, tensors)
-
-
-def set_nan(name):
-    def change(tensors):
-        tensors[name][3, 5] = float("nan")
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "refusal", "message"),
-    [
-        (set_nan(EXPERT + "up_proj.weight"), "non-finite", "found nan at row 3, column 5"),
-        (set_nan("model.layers.0.mlp.gate.weight"), "non-finite", "found nan at element 389"),
-        (lambda t: t.pop(EXPERT + "up_proj.weight"), "missing-tensors", "1 of 4 experts have no"),
-        (lambda t: [t.pop(n) for n in list(t) if "layers.1." in n], "missing-tensors", "layer 1"),
-        (lambda t: t.pop("model.layers.1.mlp.gate.weight"), "router", "no router was found in"),
-        (
-            lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(64, 96)}),
-            "different-experts",
-            r"experts.2.up_proj.weight: fp32 \(64, 96\), where .*experts.0.* bf16 \(64, 128\)",
-        ),
-        (
-            lambda t: t.update({EXPERT + "up_proj.weight": torch.ones(64, 128).to(torch.int8)}),
-            "different-experts",
-            r"experts.2.up_proj.weight: i8 \(64, 128\), where",
-        ),
-    ],
-)
-def test_refusals_and_insisting(source, change, refusal, message):
-    broken(source, change)
-    with pytest.raises(ConversionError, match=message) as caught:
-        run(source)
-    assert f"--allow {refusal}" in str(caught.value.hint)
-    output, _ = run(source, allow=frozenset({refusal}))  # goes on in the same folder
-    assert torch.isfinite(numbers(read_all(output)["model.layers.0.mlp.experts.0.up_proj.weight"])
-                          ).all()  # fmt: skip
-
-
-def test_four_bits_are_not_rounded_again_unasked(source):
-    first, _ = run(source, "mxfp4", name="first")
-    with pytest.raises(ConversionError, match="rounds rounded weights again") as caught:
-        run(first, "nvfp4", name="second")
-    assert "--allow requantize" in caught.value.hint
-    run(first, "nvfp4", name="second", allow=frozenset({"requantize"}))
-
-
-@pytest.mark.parametrize(
-    ("part", "refusal", "message"),
-    [
-        ("weight_global_scale", "gate-up-scales", "have the tensor scales"),
-        ("weight_scale", "zero-scales", "scales of zero over codes"),
-    ],
-)
-def test_scales_of_the_source_are_not_trusted(source, part, refusal, message):
-    nvfp4, _ = run(source, "nvfp4", name="nvfp4")
-    path = next(
-        p for p in nvfp4.glob("*.safetensors") if EXPERT + "up_proj." + part in load_file(p)
-    )
-    tensors = load_file(path)
-    tensor = tensors[EXPERT + "up_proj." + part]
-    tensors[EXPERT + "up_proj." + part] = (
-        tensor.float() * (2 if part != "weight_scale" else 0)
-    ).to(tensor.dtype)
-    save_file(tensors, path)
-    allow = frozenset({"requantize"})
-    with pytest.raises(ConversionError, match=message):
-        run(nvfp4, "mxfp8", name="again", allow=allow)
-    run(nvfp4, "mxfp8", name="again", allow=allow | {refusal})
-
-
-@pytest.mark.parametrize(("part", "nan"), [("", 0x7F), ("_scale_inv", None)])
-@pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.experts.1.up_proj"])
-def test_nan_among_codes_or_scales(tmp_path, part, nan, module):
-    """In weights that are copied as they are and in those that are converted."""
-    source = tmp_path / "source"
-    deepseek_source(source)
-    name = f"model.layers.1.{module}.weight{part}"
-    path = next(p for p in source.glob("*.safetensors") if name in load_file(p))
-    tensors = load_file(path)
-    if nan is None:
-        tensors[name][0, 0] = float("nan")
-    else:
-        tensors[name].view(torch.uint8)[5, 7] = nan
-    save_file(tensors, path)
-    with pytest.raises(ConversionError, match=r"found (nan|NaN)"):
-        run(source, "mxfp4")
-    run(source, "mxfp4", allow=frozenset({"non-finite"}))
-
-
-def test_odd_widths_are_refused_and_can_be_kept(source):
-    write_tiny_moe(source, tiny_tensors(d=128, f=40), settings=config(f=40))
-    with pytest.raises(ConversionError, match="takes columns in multiples of 32"):
-        run(source)
-    _, report = run(source, keep=("down_proj",))
-    assert report["totals"]["converted"] == 2 * EXPERTS * LAYERS
-
-
-def test_outputs_that_are_not_ours_to_write(source, tmp_path):
-    taken = tmp_path / "out"
-    taken.mkdir()
-    (taken / "thesis.txt").write_text("years of work")
-    with pytest.raises(ConversionError, match="is not empty"):
-        run(source)
-    options = ConversionOptions("mxfp4")
-    with pytest.raises(ConversionError, match="holds something that is no checkpoint"):
-        convert(str(source), taken, options, overwrite=True, progress=False)
-    assert (taken / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(ConversionError, match="is the source itself"):
-        convert(str(source), source, options, overwrite=True, progress=False)
 
 
 def test_overwrite_replaces_a_checkpoint(source):
@@ -703,109 +349,6 @@ def test_progress_has_bytes_rate_and_time_left(source, monkeypatch, capsys):
     assert cli.run(["verify", str(output), "--against", str(source)]) == 0
     assert re.search(r"verify: 100%.*\[00:0\d<00:00, .*B/s\]", sys.stderr.getvalue())
     assert re.search(r"weights, read \d+\.\d MB in \d+\.\d s \(\d+ MB/s\)", capsys.readouterr().out)
-
-
-def test_the_command_line_tells_what_is_wrong(source, capsys):
-    arguments = ["convert", str(source), "--to", "mxfp4", "--output", str(source.parent / "out")]
-    assert cli.run([*arguments, "--shard-size", "large"]) == 2
-    assert "is not a size" in capsys.readouterr().err
-    assert cli.run(["convert", str(source), "--to", "int4", "--output", "x"]) == 2
-    broken(source, set_nan(EXPERT + "up_proj.weight"))
-    capsys.readouterr()
-    assert cli.run(arguments) == 1
-    message, hint = capsys.readouterr().err.splitlines()
-    assert message.startswith(f"error: {EXPERT}up_proj.weight: found nan")
-    assert hint.startswith("hint: --allow non-finite")
-
-
-@pytest.mark.parametrize("to", ["mxfp4", "bf16", "nvfp4"])
-def test_the_vendors_layout_becomes_the_published_one(tmp_path, to):
-    """To the same tensors as the published twin, and a config.json that describes the model."""
-    published = write_tiny_gpt_oss(tmp_path / "twin", layers=2, f=64)
-    write_tiny_gpt_oss(tmp_path / "vendor", layers=2, f=64, layout="original")
-    allow = frozenset({"requantize"})
-    output, report = run(tmp_path / "vendor", to, allow=allow)
-    found = read_all(output)
-    if to == "mxfp4":
-        written = {n: t for p in output.glob("*.safetensors") for n, t in load_file(p).items()}
-        assert written.keys() == published.keys()
-        assert all(torch.equal(written[name], published[name]) for name in written)
-        assert report["totals"]["converted"] == 0
-    else:
-        twin, _ = run(tmp_path / "twin", to, name="of-twin", allow=allow)
-        expected = read_all(twin)
-        assert found.keys() == expected.keys()
-        for name, weight in found.items():
-            assert torch.equal(numbers(weight), numbers(expected[name])), name
-    with open_folder(output) as ours, open_folder(tmp_path / "twin") as theirs:
-        assert ours.layout == "huggingface"
-        twin_config = replace(plan_model(theirs).config, eos_token_ids=())  # the vendor tells none
-        assert plan_model(ours).config == twin_config
-
-
-def test_a_vendors_tensor_of_other_rows_is_refused(tmp_path):
-    write_tiny_gpt_oss(tmp_path / "source", layers=2, layout="original")
-    config = tmp_path / "source" / "original" / "config.json"
-    settings = json.loads(config.read_text())
-    config.write_text(json.dumps({**settings, "num_key_value_heads": 4}))
-    with pytest.raises(CheckpointError, match=r"qkv\.(bias|weight): expected 256 rows"):
-        run(tmp_path / "source", "bf16")
-
-
-def test_a_model_that_we_know_is_checked_further(tmp_path):
-    """Tensors that only this family has: no count of layers and experts misses them."""
-    tensors = write_tiny_gpt_oss(tmp_path / "source", layers=2, shards=1)
-    del tensors["model.layers.1.self_attn.sinks"]
-    save_file(tensors, tmp_path / "source" / "model.safetensors")
-    with pytest.raises(ConversionError, match=r"missing: model\.layers\.1\.self_attn\.sinks") as e:
-        run(tmp_path / "source", "bf16")
-    assert "--allow model" in e.value.hint
-    run(tmp_path / "source", "bf16", allow=frozenset({"model"}))
-
-
-def test_huge_weights_have_finite_figures_or_are_refused(source, capsys):
-    """Finite in bf16, their squares beyond fp32; the largest of all round up to infinity."""
-    tensors = tiny_tensors()
-    tensors[EXPERT + "up_proj.weight"][3, 4] = 1e25
-    write_tiny_moe(source, tensors)
-    for to in QUANTIZED:
-        output, report = run(source, to, name=to)
-        assert 0 < report["totals"]["quality"]["noise"] < float("inf")
-        assert verify(output, source).sound == (to != "nvfp4")
-    # gate shares the scale of up, and vanishes
-    assert (
-        cli.run(["convert", str(source), "--to", "nvfp4", "--output", str(output.parent / "nvfp4")])
-        == 0
-    )
-    assert f"do: 1, worst {EXPERT}gate_proj.weight with 0.00 dB" in capsys.readouterr().out
-    tensors[EXPERT + "up_proj.weight"][3, 4] = 3.3e38
-    write_tiny_moe(source, tensors)
-    with pytest.raises(ConversionError, match=r"up_proj.weight: a weight of 3.3e\+38 is infinity"):
-        run(source, "mxfp4")
-    run(source, "mxfp4", keep=(EXPERT + "up_proj",))
-
-
-def test_sizes_that_are_no_numbers_are_refused(source):
-    for key in ("num_hidden_layers", "num_experts", "hidden_size"):
-        write_tiny_moe(source, stacked(tiny_tensors()), settings=config(**{key: "two"}))
-        with pytest.raises(CheckpointError, match=f"{key}: expected a whole number, found 'two'"):
-            run(source)
-
-
-def test_a_keep_that_keeps_nothing_is_refused(source):
-    with pytest.raises(ConversionError, match=r"--keep shared_exprt: no weight has such a name"):
-        run(source, keep=("down_proj", "shared_exprt"))
-
-
-def test_files_that_the_index_does_not_name_are_reported(source, capsys):
-    save_file({"model.mtp.weight": torch.ones(4)}, source / "mtp.safetensors")
-    output, report = run(source)
-    assert report["meta"]["files_left_out"] == ["mtp.safetensors"]
-    assert "mtp.safetensors" in (output / "conversion_report.html").read_text()
-    assert cli.run(["convert", str(source), "--to", "mxfp4", "--output", str(output)]) == 0
-    shown = capsys.readouterr()
-    assert "left out: mtp.safetensors, not in the index" in shown.out
-    assert "holds this conversion already" in shown.err
 
 
 @pytest.mark.parametrize("cores", [1, 2, 256])
