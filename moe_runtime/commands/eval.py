@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from moe_runtime.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from moe_runtime.conversion.report import TensorRecord
     from moe_runtime.evaluation import Evaluation
     from moe_runtime.model import MoeModel
 
@@ -66,8 +67,7 @@ def command(
     to, so give the source of a conversion there. Both are in memory at the same time.
     """
     # Slow imports: torch.
-    from moe_runtime.conversion.card import with_evaluation
-    from moe_runtime.conversion.report import read_report, write_report
+    from moe_runtime.conversion.report import read_report
     from moe_runtime.evaluation import evaluate
     from moe_runtime.model import MoeModel
 
@@ -100,16 +100,26 @@ def command(
             )
     figures = {"against": against, "text": str(text_path), **found.as_dict()}
     if report is not None:
-        records, meta = report
-        write_report(Path(model), records, {**meta, "evaluation": figures})
-        card = Path(model) / "README.md"
-        if card.is_file():
-            text = card.read_text(encoding="utf-8")
-            card.write_text(with_evaluation(text, figures), encoding="utf-8")
+        _add_to_report(Path(model), *report, figures)
     if as_json:
         print_json({"model": model, **figures})
     else:
         click.echo("\n".join([model, *describe(found)]))
+
+
+def _add_to_report(
+    folder: Path, records: list[TensorRecord], meta: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Into the report of a conversion, and into the card if it is still there."""
+    # Slow imports: torch.
+    from moe_runtime.conversion.card import with_evaluation
+    from moe_runtime.conversion.report import write_report
+
+    write_report(folder, records, {**meta, "evaluation": figures})
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(with_evaluation(text, figures), encoding="utf-8")
 
 
 def describe(found: Evaluation) -> list[str]:
