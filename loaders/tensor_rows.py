@@ -41,6 +41,7 @@ class RowReader:
     def __init__(self, path_of: Callable[[str], Path]) -> None:
         """path_of: where a file of the checkpoint lies now"""
         self.path_of = path_of
+        self.bytes_read = 0
         self._files: dict[str, int] = {}
         self._lock = threading.Lock()
 
@@ -53,6 +54,8 @@ class RowReader:
         target = torch.empty(stop - start, dtype=torch.uint8)
         if len(target):
             self._fill(info, byte_view(target), info.start + start)
+            with self._lock:
+                self.bytes_read += len(target)
         return target
 
     def tensor(self, info: TensorInfo) -> Tensor:

@@ -30,6 +30,7 @@ class TensorQuality:
     weights: int = 0
     signal: float = 0.0  # sum of squared weights
     noise: float = 0.0  # sum of squared errors
+    plain_noise: float = 0.0  # the same without the search for scales; 0 where there was none
     largest: float = 0.0  # largest magnitude of a weight
     max_abs_error: float = 0.0
     saturated: int = 0  # weights beyond the largest value of their block, clipped to it
@@ -49,9 +50,12 @@ class TensorQuality:
     @property
     def sqnr_db(self) -> float | None:
         """Signal to noise ratio in dB; None if either of them is zero or not finite."""
-        if not (0 < self.noise < math.inf and 0 < self.signal < math.inf):
-            return None
-        return 10 * math.log10(self.signal / self.noise)
+        return _decibels(self.signal, self.noise)
+
+    @property
+    def plain_sqnr_db(self) -> float | None:
+        """The same of the plain rule; None where there was no search."""
+        return _decibels(self.signal, self.plain_noise)
 
     @property
     def relative_mse(self) -> float:
@@ -67,6 +71,7 @@ class TensorQuality:
         """Plain data for JSON, from which `from_dict` makes an equal object."""
         return {
             "sqnr_db": self.sqnr_db,
+            "plain_sqnr_db": self.plain_sqnr_db,
             "relative_mse": self.relative_mse,
             "saturated_share": self.saturated_share,
             **{name: getattr(self, name) for name in _SUMMED + _LARGEST},
@@ -81,7 +86,7 @@ class TensorQuality:
 
 
 _SUMMED = (
-    *("weights", "signal", "noise", "saturated", "vanished"),
+    *("weights", "signal", "noise", "plain_noise", "saturated", "vanished"),
     *("blocks", "zero_blocks", "zero_scales", "nan_scales"),
 )
 _LARGEST = ("largest", "max_abs_error")
@@ -127,6 +132,12 @@ def measure(weight: Tensor, stored: QuantTensor) -> TensorQuality:
     return merge([_scale_figures(stored), *for_each(tiles, measure_tile, weight.device)])
 
 
+def _decibels(signal: float, noise: float) -> float | None:
+    if not (0 < noise < math.inf and 0 < signal < math.inf):
+        return None
+    return 10 * math.log10(signal / noise)
+
+
 def _block_of(stored: QuantTensor) -> tuple[int, int]:
     height, width = stored.format.block or (1, 1)
     return height, width or stored.shape[-1]
@@ -137,18 +148,26 @@ def _measure_tile(exact: Tensor, stored: QuantTensor) -> TensorQuality:
     # Magnitudes as integers: fp32 >= 0 are in the order of their bits, and torch is faster so.
     exact_bits, decoded_bits = magnitude_bits(exact), magnitude_bits(decoded)
     error = decoded - exact  # not in place: plain fp32 numbers decode to themselves
+    largest, max_abs_error = _largest(exact_bits), _largest(magnitude_bits(error))
     return TensorQuality(
         weights=exact.numel(),
-        signal=_sum_of_squares(exact),
-        noise=_sum_of_squares(error),
-        largest=float(exact_bits.amax().view(torch.float32)),
-        max_abs_error=float(magnitude_bits(error).amax().view(torch.float32)),
+        signal=_sum_of_squares(exact, largest),
+        noise=_sum_of_squares(error, max_abs_error),
+        largest=largest,
+        max_abs_error=max_abs_error,
         vanished=max(0, _count_nonzero(exact_bits) - _count_nonzero(decoded_bits)),
         **_block_figures(stored, exact_bits, decoded_bits),
     )
 
 
-def _sum_of_squares(values: Tensor) -> float:
+def _largest(bits: Tensor) -> float:
+    return float(bits.amax().view(torch.float32))
+
+
+def _sum_of_squares(values: Tensor, largest: float) -> float:
+    """largest: magnitude of any of the values"""
+    if largest and not 2.0**-50 < largest < 2.0**50:  # squares would leave fp32
+        return float(values.double().square().sum())
     return float((values * values).sum(-1).sum(dtype=torch.float64))
 
 

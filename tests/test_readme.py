@@ -62,3 +62,30 @@ def test_speeds_are_those_of_the_results():
                 assert float(cell) == round(value[runtime, model, length, metric]), (model, what)
                 checked += 1
     assert checked >= 14
+
+
+def test_formats_are_those_of_the_results():
+    """The table of formats: each figure is a row of the CSV, rounded as it stands there."""
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "cpu_2core.csv").open()))
+    found = {(row["formats"].removeprefix("experts="), row["metric"]): row["value"] for row in rows}
+    metrics = ("sqnr_normal", "sqnr_heavy_tails", "perplexity", "kl", "top1_agreement",
+               "encode_mb_per_s")  # fmt: skip
+    labels = ("bf16", "MXFP4 floor", "MXFP4 even", "MXFP4 rceil", "MXFP4 even search", "NVFP4",
+              "NVFP4 search", "MXFP8 even", "FP8 128x128", "FP8 128x128 powers of two",
+              "FP8 by row")  # fmt: skip
+    table = re.search(r"^\| to \| bits a weight.*?\n\n", README, re.S | re.M)[0]
+    lines = table.strip().splitlines()[2:]
+    checked = 0
+    for label, line in zip(labels, lines, strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")][2:]
+        for metric, cell in zip(metrics, cells, strict=True):
+            value = found.get((label, metric))
+            if not cell or (label == "bf16" and metric != "perplexity"):
+                continue
+            shown = cell.removesuffix(" %")
+            digits = len(shown.partition(".")[2])
+            scale = 100 if metric == "top1_agreement" else 1
+            difference = abs(float(shown) - scale * float(value))
+            assert difference <= 0.501 * 10.0**-digits, (label, metric, value)
+            checked += 1
+    assert checked == 61

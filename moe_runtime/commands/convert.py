@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,6 +147,7 @@ def command(
         )
     except ValueError as error:
         raise click.UsageError(str(error), click.get_current_context()) from error
+    output = output.expanduser()
     if dry_run:
         source = open_for_conversion(model, output, revision)
         found = plan_facts(plan_conversion(source.checkpoint, options), source)
@@ -162,29 +162,39 @@ def command(
         resume=not no_resume,
         overwrite=overwrite,
     )
-    _print(report_facts(report), f"wrote {output}", as_json)
+    _print(report_facts(report), str(output), as_json)
     return 0
 
 
 def plan_facts(plan: ConversionPlan, source: Source) -> dict[str, Any]:
     """What --dry-run tells."""
     # Slow import: torch.
-    from moe_runtime.conversion.convert import disk_bytes, memory_bytes
+    from moe_runtime.conversion.needs import disk_bytes, memory_bytes, most_held_bytes
     from moe_runtime.conversion.records import plan_records
     from moe_runtime.conversion.report import summarize
 
-    report = summarize(plan_records(plan), {})
+    report = summarize(plan_records(plan), {"files_left_out": list(plan.left_out)})
+    held = most_held_bytes(plan.tasks, source)
     return {
         **report_facts(report),
         "layout": plan.layout,
         "shards": len(plan.shards),
-        "disk_bytes": disk_bytes(plan, source),
-        "memory_bytes": memory_bytes(plan, os.cpu_count() or 1),
+        "disk_bytes": disk_bytes(plan.output_bytes, held),
+        "memory_bytes": memory_bytes([output for _, output in plan.outputs]),
     }
 
 
 def report_facts(report: dict[str, Any]) -> dict[str, Any]:
     """Of a report what is worth a few lines."""
+    # Slow import: torch.
+    from moe_runtime.verification.against import LEAST_SQNR_DB
+    from quant.formats import FORMATS
+
+    poor = {}
+    for tensor in report["tensors"]:
+        decibels = tensor["quality"] and tensor["quality"]["sqnr_db"]
+        if decibels is not None and decibels < LEAST_SQNR_DB[FORMATS[tensor["format"]].value_bits]:
+            poor[tensor["name"]] = decibels
     reasons: dict[str, int] = {}
     for tensor in report["tensors"]:
         if tensor["action"] == "skipped":
@@ -194,7 +204,10 @@ def report_facts(report: dict[str, Any]) -> dict[str, Any]:
             "component": part["component"],
             **{key: part[key] for key in ("converted", "copied", "skipped", "bytes", "formats")},
             "source_bytes": part["source_bytes"],
-            "sqnr_db": part["quality"]["sqnr_db"] if part["quality"] else None,
+            **{
+                key: part["quality"][key] if part["quality"] else None
+                for key in ("sqnr_db", "plain_sqnr_db")
+            },
         }
         for part in report["components"]
     ]
@@ -204,6 +217,8 @@ def report_facts(report: dict[str, Any]) -> dict[str, Any]:
         "source_bytes": totals["source_bytes"],
         "bytes": totals["bytes"],
         "skipped": reasons,
+        "poor": dict(sorted(poor.items(), key=lambda item: item[1])),
+        "files_left_out": report["meta"]["files_left_out"],
     }
 
 
@@ -214,6 +229,8 @@ def _print(facts: dict[str, Any], headline: str, as_json: bool) -> None:
     lines = [headline, f"  {'':18}{'converted':>10}{'copied':>8}{'bytes':>12}  formats"]
     for part in facts["components"]:
         sqnr = f", SQNR {part['sqnr_db']:.2f} dB" if part["sqnr_db"] is not None else ""
+        if part["plain_sqnr_db"] is not None:
+            sqnr += f" ({part['plain_sqnr_db']:.2f} dB by the plain rule)"
         formats = ", ".join(part["formats"]) + sqnr
         lines.append(
             f"  {part['component']:18}{part['converted']:>10}{part['copied']:>8}"
@@ -221,9 +238,17 @@ def _print(facts: dict[str, Any], headline: str, as_json: bool) -> None:
         )
     lines.append(f"  {_gigabytes(facts['source_bytes'])} become {_gigabytes(facts['bytes'])}")
     lines += [f"  {count} skipped: {why}" for why, count in facts["skipped"].items()]
-    if "disk_bytes" in facts:
+    if facts["poor"]:
+        name, decibels = next(iter(facts["poor"].items()))
         lines.append(
-            f"  {facts['shards']} files; needs {_gigabytes(facts['disk_bytes'])} of disk and up to "
+            f"  weights that lost more than sound ones do: {len(facts['poor'])}, worst {name} with "
+            f"{decibels:.2f} dB; see conversion_report.html"
+        )
+    lines += [f"  left out: {name}, not in the index" for name in facts["files_left_out"]]
+    if "disk_bytes" in facts:
+        files = "1 file" if facts["shards"] == 1 else f"{facts['shards']} files"
+        lines.append(
+            f"  {files}; needs {_gigabytes(facts['disk_bytes'])} of disk and up to "
             f"{_gigabytes(facts['memory_bytes'])} of memory"
         )
     click.echo("\n".join(lines))
@@ -237,6 +262,9 @@ def _device(name: str) -> str:
     # Slow import: torch.
     import torch
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    # Slow import: the kernels.
+    from moe_runtime.backends import parse_device
+
+    return str(parse_device(name))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
@@ -20,6 +20,7 @@ from moe_runtime.commands.common import (
 )
 
 if TYPE_CHECKING:
+    from moe_runtime.conversion.report import TensorRecord
     from moe_runtime.evaluation import Evaluation
     from moe_runtime.model import MoeModel
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     "eval",
     examples="""
     moe-runtime eval demo --text book.txt
-    moe-runtime eval ./model-mxfp4 --text book.txt --against ./model
+    moe-runtime eval ./model-mxfp4 --text book.txt --against ./model --add-to-report
     cat book.txt | moe-runtime eval ./model --text - --max-tokens 2000 --json
     """,
 )
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
               help="Tokens of the text to use; default: all.")  # fmt: skip
 @click.option("--window", type=click.IntRange(min=2), metavar="N",
               help="Tokens read at once; default: 1024, or the context if smaller.")  # fmt: skip
+@click.option("--add-to-report", is_flag=True,
+              help="Also write the figures into MODEL's conversion report and card.")  # fmt: skip
 @json_option
 def command(
     model: str,
@@ -55,6 +58,7 @@ def command(
     against: str | None,
     max_tokens: int | None,
     window: int | None,
+    add_to_report: bool,
     as_json: bool,
 ) -> None:
     """Score the text in FILE with MODEL: perplexity over every token but the first.
@@ -62,9 +66,12 @@ def command(
     With --against, both models read the same tokens; the second one is what KL and agreement refer
     to, so give the source of a conversion there. Both are in memory at the same time.
     """
-    # Slow import: torch.
+    # Slow imports: torch.
+    from moe_runtime.conversion.report import read_report
     from moe_runtime.evaluation import evaluate
     from moe_runtime.model import MoeModel
+
+    report = read_report(Path(model)) if add_to_report else None
 
     text = _read_text(text_path)
     with ExitStack() as stack:
@@ -91,10 +98,28 @@ def command(
                 window=window,
                 on_tokens=bar.update,
             )
+    figures = {"against": against, "text": str(text_path), **found.as_dict()}
+    if report is not None:
+        _add_to_report(Path(model), *report, figures)
     if as_json:
-        print_json({"model": model, "against": against, "text": str(text_path), **found.as_dict()})
+        print_json({"model": model, **figures})
     else:
         click.echo("\n".join([model, *describe(found)]))
+
+
+def _add_to_report(
+    folder: Path, records: list[TensorRecord], meta: dict[str, Any], figures: dict[str, Any]
+) -> None:
+    """Into the report of a conversion, and into the card if it is still there."""
+    # Slow imports: torch.
+    from moe_runtime.conversion.card import with_evaluation
+    from moe_runtime.conversion.report import write_report
+
+    write_report(folder, records, {**meta, "evaluation": figures})
+    card = folder / "README.md"
+    if card.is_file():
+        text = card.read_text(encoding="utf-8")
+        card.write_text(with_evaluation(text, figures), encoding="utf-8")
 
 
 def describe(found: Evaluation) -> list[str]:

@@ -61,12 +61,10 @@ def describe(found: Verification) -> list[str]:
     more = len(found.findings) - len(shown)
     lines += [f"  and {more} more: see --json"] if more > 0 else []
     errors = sum(finding.is_error for finding in found.findings)
-    rate = found.nbytes / max(found.seconds, 1e-9) / 1e6
-    lines.append(
-        f"  {'sound' if found.sound else f'not sound: {errors} errors'}; {len(found.tensors)} "
-        f"weights, {found.nbytes / 1e6:.1f} MB in {found.seconds:.1f} s ({rate:.0f} MB/s)"
-    )
-    return lines
+    verdict = "sound" if found.sound else f"not sound: {errors} error{'s' if errors > 1 else ''}"
+    rate = found.bytes_read / max(found.seconds, 1e-9) / 1e6
+    size = f"{found.bytes_read / 1e6:.1f} MB in {found.seconds:.1f} s ({rate:.0f} MB/s)"
+    return [*lines, f"  {verdict}; {len(found.tensors)} weights, read {size}"]
 
 
 def _table(found: Verification) -> list[str]:

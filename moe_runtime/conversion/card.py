@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from loaders.files import CheckpointFiles
-from moe_runtime.conversion.layouts import COMPRESSED_TENSORS, DEEPSEEK
+from moe_runtime.conversion.layouts import COMPRESSED_TENSORS, DEEPSEEK, GPT_OSS
 from moe_runtime.conversion.planning import ConversionPlan
 
 _LICENCE = re.compile(r"^(license|license_name|license_link): *(.+)$", re.MULTILINE)
 _FRONT_MATTER = re.compile(r"\A---\n(.*?)\n---", re.DOTALL)
 # transformers 5.23 decodes experts of these; of the others it reads the scales wrong.
 _TRANSFORMERS = ("mxfp4", "fp8-channel")
+_EVALUATION = "## Evaluation\n"
 
 
 def model_card(
@@ -56,10 +58,40 @@ def _front_matter(plan: ConversionPlan, files: CheckpointFiles, base: str | None
     matter = _FRONT_MATTER.search(raw.decode("utf-8", "replace")) if raw else None
     if matter:
         lines += [f"{key}: {value.strip()}" for key, value in _LICENCE.findall(matter[1])]
-    lines += ["library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"library_name: {_library(plan)}", "pipeline_tag: text-generation", "tags:"]
     tags = [plan.options.target, "moe", "moe-runtime"]
     tags += ["compressed-tensors"] if plan.layout == COMPRESSED_TENSORS else []
     return lines + [f"- {tag}" for tag in tags]
+
+
+def with_evaluation(card: str, figures: Mapping[str, Any]) -> str:
+    """The card with the figures of `eval` at its end, in place of earlier ones.
+
+    figures: of Evaluation.as_dict, with "text" and "against"
+    """
+    lines = [
+        _EVALUATION,
+        f"On {figures['tokens']} tokens of `{Path(figures['text']).name}`:",
+        "",
+        f"- perplexity {figures['perplexity']:.4f}",
+    ]
+    if figures["kl"] is not None:
+        lines += [
+            f"- perplexity of {figures['against']} {figures['reference_perplexity']:.4f}",
+            f"- KL from it {figures['kl']:.3e} nats a token",
+            f"- the same best token {100 * figures['top1_agreement']:.2f} %",
+        ]
+    return "\n".join([card.partition(_EVALUATION)[0].rstrip("\n") + "\n", *lines, ""])
+
+
+def _library(plan: ConversionPlan) -> str:
+    """What opens the result, as the hub calls it."""
+    target = plan.options.target
+    if plan.layout == COMPRESSED_TENSORS and target not in (*_TRANSFORMERS, "bf16"):
+        return "vllm"
+    if plan.layout == GPT_OSS and target not in ("mxfp4", "bf16"):
+        return "moe-runtime"
+    return "transformers"
 
 
 def _opened_by(plan: ConversionPlan) -> str:

@@ -10,7 +10,8 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from loaders.tensor_rows import RowReader
 from moe_runtime import __version__
+from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.card import model_card
 from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.folders import (
@@ -31,7 +33,8 @@ from moe_runtime.conversion.folders import (
     prepare_partial,
     writing,
 )
-from moe_runtime.conversion.journal import Journal, sync_folder
+from moe_runtime.conversion.journal import Journal, fingerprint, sync_folder
+from moe_runtime.conversion.needs import disk_bytes, most_held_bytes, num_threads
 from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.planning import ConversionPlan, Shard, Task, plan_conversion
 from moe_runtime.conversion.records import tensor_records
@@ -42,10 +45,7 @@ from moe_runtime.conversion.work import CHUNK_WEIGHTS, ShardFile, Workshop
 from quant.quality import TensorQuality
 
 DOWNLOADS = "source_shards"
-_RESERVE_BYTES = 64 << 20  # report, tokenizer, journal
 _LARGE_TASK_WEIGHTS = 16 * CHUNK_WEIGHTS  # worth several threads
-_BASE_MEMORY_BYTES = 400 << 20  # Python and torch
-_BYTES_A_WEIGHT = 24  # in hand: source, fp32, codes, their decoded form
 
 
 def convert(
@@ -58,7 +58,7 @@ def convert(
     resume: bool = True,
     overwrite: bool = False,
     progress: bool = True,
-    num_threads: int | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """Convert a model into the folder `output`; returns the report's data.
 
@@ -66,62 +66,37 @@ def convert(
                  time and dropped
     resume:      go on with what an interrupted conversion left in `output`.partial
     overwrite:   replace a checkpoint that `output` holds, once the new one is whole
-    num_threads: default one a core
+    threads:     default one a core, fewer where memory would not do
 
     Raises ConversionError, CheckpointError or UnsupportedModelError with what to do. After any
     error or kill the same call goes on with the shard that was being written, to the same bytes.
     """
+    keep_freed_memory()
+    output = output.expanduser().resolve()  # a link may lead to another disk
     partial = partial_folder(output)
     source = open_for_conversion(model, output, revision)
     plan = plan_conversion(source.checkpoint, options)
-    finished = already_converted(output, plan.identity)
+    stamp = source.stamp(plan.files)
+    finished = already_converted(output, plan, fingerprint(stamp), overwrite=overwrite)
     if finished is not None:
+        if progress:
+            print(f"{output} holds this conversion already", file=sys.stderr)
         return finished
     check_output(output, source.checkpoint.folder, overwrite=overwrite)
     with locked(partial):
-        stamp = source.stamp(plan.files)
         journal = prepare_partial(partial, plan.identity, stamp, resume=resume)
         conversion = _Conversion(source, plan, partial, journal, torch.device(device))
-        conversion.write_shards(progress, num_threads or os.cpu_count() or 1)
+        outputs = [output for _, output in plan.outputs]
+        conversion.write_shards(progress, threads or num_threads(outputs))
         _require_unchanged(source, plan, stamp)
-        report = conversion.write_the_rest()
+        report = conversion.write_the_rest(fingerprint(stamp))
         move_into_place(partial, output)
     return report
 
 
 def open_for_conversion(model: str, output: Path, revision: str | None) -> Source:
     """The headers of a model; its shards, if it is on the hub, will come beside the result."""
-    return open_source(model, revision, partial_folder(output) / DOWNLOADS)
-
-
-def memory_bytes(plan: ConversionPlan, num_threads: int) -> int:
-    """An upper estimate of the memory that a conversion takes."""
-    whole = [  # matrices that are not cut into rows
-        output.source.shape[-1] * output.source.shape[-2]
-        for _, output in plan.outputs
-        if output.format is not None and (output.transposed or output.source.transposed)
-    ]
-    largest = max([CHUNK_WEIGHTS, *whole])
-    return _BASE_MEMORY_BYTES + num_threads * largest * _BYTES_A_WEIGHT
-
-
-def disk_bytes(plan: ConversionPlan, source: Source) -> int:
-    """Free disk that a conversion needs: the result, and fetched shards of the moment."""
-    return plan.output_bytes + _RESERVE_BYTES + _most_held_bytes(plan.tasks, source)
-
-
-def _most_held_bytes(tasks: Sequence[Task], source: Source) -> int:
-    """The largest sum of fetched files: those whose weights reach over two are held together."""
-    if not source.remote:
-        return 0
-    last_use = {file: number for number, task in enumerate(tasks) for file in task.files}
-    held: set[str] = set()
-    most = 0
-    for number, task in enumerate(tasks):
-        if not task.files <= held:
-            held = {file for file in held if last_use[file] >= number} | task.files
-            most = max(most, sum(source.size(file) for file in held))
-    return most
+    return open_source(model, revision, partial_folder(output.resolve()) / DOWNLOADS)
 
 
 class _Conversion:
@@ -145,14 +120,15 @@ class _Conversion:
             file: number for number, task in enumerate(plan.tasks) for file in task.files
         }
 
-    def write_shards(self, progress: bool, num_threads: int) -> None:
+    def write_shards(self, progress: bool, threads: int) -> None:
         """All shards that the journal does not have."""
         todo = [shard for shard in self.plan.shards if shard.file not in self.journal.done]
         self._drop_all_but({file for shard in todo for task in shard.tasks for file in task.files})
         done = sum(t.source_bytes for s in self.plan.shards if s not in todo for t in s.tasks)
         threads_before = torch.get_num_threads()
         torch.set_num_threads(1)  # each of our threads works on a chunk of its own
-        pool = ThreadPoolExecutor(num_threads)
+        pool = ThreadPoolExecutor(threads)
+        started = time.perf_counter()
         try:
             with _bar(self.plan.source_bytes, done, progress) as bar:
                 update = _locked_update(bar)
@@ -163,8 +139,13 @@ class _Conversion:
             pool.shutdown(wait=True, cancel_futures=True)
             self.reader.close()
             torch.set_num_threads(threads_before)
+        if progress:
+            seconds, nbytes = time.perf_counter() - started, self.plan.source_bytes - done
+            size = f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+            rate = f"{nbytes / 1e6 / seconds:.0f} MB/s"
+            print(f"read {size} in {seconds:.1f} s ({rate})", file=sys.stderr)
 
-    def write_the_rest(self) -> dict[str, Any]:
+    def write_the_rest(self, source_fingerprint: str) -> dict[str, Any]:
         """Config, tokenizer, report, card and, last of all, the index."""
         quality = {shard: entry["quality"] for shard, entry in self.journal.done.items()}
         records = tensor_records(self.plan, quality)
@@ -174,6 +155,8 @@ class _Conversion:
             meta = {
                 "source": name,
                 "revision": self.source.revision,
+                "source_fingerprint": source_fingerprint,
+                "files_left_out": list(self.plan.left_out),
                 "layout": self.plan.layout,
                 **self.plan.options.as_dict(),
                 "identity": self.plan.identity,
@@ -264,8 +247,8 @@ class _Conversion:
 
     def _require_space(self, todo: list[Shard]) -> None:
         """Raise ConversionError when what is still to be written does not fit the disk."""
-        needed = sum(shard.nbytes for shard in todo) + _RESERVE_BYTES
-        needed += _most_held_bytes([task for shard in todo for task in shard.tasks], self.source)
+        fetched = most_held_bytes((task for shard in todo for task in shard.tasks), self.source)
+        needed = disk_bytes(sum(shard.nbytes for shard in todo), fetched)
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise ConversionError(

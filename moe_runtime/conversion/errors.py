@@ -13,6 +13,9 @@ REFUSALS = {
     "them use one for both)",
     "router": "layers with experts and no router that can be told by name, or a quantized router",
     "missing-tensors": "layers or experts that config.json promises and the files do not have",
+    "different-experts": "experts of one layer that differ in shape or number format",
+    "model": "names, shapes or a config.json that are not those of the model family that "
+    "config.json names",
     "requantize": "weights that are in a 4-bit format already and lose precision a second time",
 }
 

@@ -14,6 +14,7 @@ _WIDTH = 760
 _VALUE = 80  # width of the numbers after the bars
 _HEIGHT = 220  # of figures with axes
 _MARGIN = 46
+_TOP = 26  # above the axes, for what they count
 
 
 def bars(rows: Sequence[tuple[str, float]], unit: str, title: str) -> str:
@@ -48,7 +49,7 @@ def histogram(counts: Mapping[int, int], x_label: str, title: str) -> str:
     parts = [_y_axis(100 * tallest, "% of blocks")]
     for number in range(low, high + 1):
         share = counts.get(number, 0) / total
-        height = share / tallest * (_HEIGHT - _MARGIN - 12)
+        height = share / tallest * (_HEIGHT - _MARGIN - _TOP)
         x = _MARGIN + (number - low) * step
         y = _HEIGHT - _MARGIN - height
         parts.append(
@@ -72,14 +73,14 @@ def dots(points: Sequence[tuple[int, float, str]], y_label: str, title: str) -> 
     low, high = low - pad, high + pad
     layers = max(layer for layer, _, _ in points) + 1
     step = (_WIDTH - 2 * _MARGIN) / layers
-    room = _HEIGHT - _MARGIN - 12
+    room = _HEIGHT - _MARGIN - _TOP
     parts = []
     for fraction in (0.0, 0.5, 1.0):
-        y = 12 + room * (1 - fraction)
+        y = _TOP + room * (1 - fraction)
         parts.append(_grid_line(y, f"{low + fraction * (high - low):.1f}"))
     for layer, value, name in points:
         x = _MARGIN + (layer + 0.5) * step
-        y = 12 + room * (high - value) / (high - low)
+        y = _TOP + room * (high - value) / (high - low)
         parts.append(
             f'<circle class="mark" cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill-opacity="0.6">'
             f"<title>{escape(name)}: {value:.2f}</title></circle>"
@@ -99,8 +100,8 @@ def _svg(inner: str, height: int, title: str) -> str:
 
 
 def _y_axis(top: float, label: str) -> str:
-    room = _HEIGHT - _MARGIN - 12
-    lines = [_grid_line(12 + room * (1 - f), f"{top * f:.3g}") for f in (0.0, 0.5, 1.0)]
+    room = _HEIGHT - _MARGIN - _TOP
+    lines = [_grid_line(_TOP + room * (1 - f), f"{top * f:.3g}") for f in (0.0, 0.5, 1.0)]
     return "".join(lines) + f'<text x="2" y="9">{escape(label)}</text>'
 
 

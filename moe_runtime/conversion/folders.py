@@ -15,25 +15,52 @@ from typing import Any
 from loaders.safetensors_index import INDEX
 from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.journal import JOURNAL, Journal, sync_folder
+from moe_runtime.conversion.planning import ConversionPlan
 from moe_runtime.conversion.report import REPORT_JSON
 
 
 def partial_folder(output: Path) -> Path:
     """Where a conversion into `output` is kept until it is whole."""
-    output = output.expanduser()
     return output.with_name(output.name + ".partial")
 
 
-def already_converted(output: Path, identity: str) -> dict[str, Any] | None:
-    """The report in `output` when exactly this conversion was finished before."""
+def already_converted(
+    output: Path, plan: ConversionPlan, source_fingerprint: str, *, overwrite: bool
+) -> dict[str, Any] | None:
+    """The report in `output` when exactly this conversion was finished before.
+
+    Raises ConversionError when its source or its files have changed since. With `overwrite` it
+    counts only if the process was killed before it had said that all is done.
+    """
     try:
         report = json.loads((output / REPORT_JSON).read_text(encoding="utf-8"))
-        if report["meta"]["identity"] != identity or not (output / INDEX).is_file():
+        meta = report["meta"]
+        if meta["identity"] != plan.identity or not (output / INDEX).is_file():
             return None
     except (OSError, KeyError, TypeError, ValueError):
         return None
-    (output / JOURNAL).unlink(missing_ok=True)  # a kill between the move and this
+    if overwrite and not (output / JOURNAL).exists():
+        return None
+    problem = _changed_since(output, plan, meta, source_fingerprint)
+    if problem:
+        if overwrite:
+            return None
+        raise ConversionError(problem, hint="--overwrite converts it again")
+    _tidy_up(output)
     return dict(report)
+
+
+def _changed_since(
+    output: Path, plan: ConversionPlan, meta: Mapping[str, Any], source_fingerprint: str
+) -> str | None:
+    if meta.get("source_fingerprint") != source_fingerprint:
+        return f"{output} holds this conversion of a source that has changed since"
+    for shard in plan.shards:
+        path = output / shard.file
+        found = path.stat().st_size if path.is_file() else "no file"
+        if found != shard.nbytes:
+            return f"{path}: expected the {shard.nbytes} bytes that were written, found {found}"
+    return None
 
 
 def check_output(output: Path, source: Path | None, *, overwrite: bool) -> None:
@@ -117,7 +144,7 @@ def prepare_partial(
 ) -> Journal:
     """The journal to go on with, or a fresh one in an emptied folder.
 
-    Raises ConversionError when the folder holds another conversion, or something else.
+    Raises ConversionError when the folder holds something else, or shards of another conversion.
     """
     journal = Journal.load(partial)
     others = {path.name for path in partial.iterdir()} - {JOURNAL}
@@ -126,8 +153,10 @@ def prepare_partial(
             f"{partial} holds {sorted(others)[0]} and no journal of a conversion",
             hint="delete it, or give another --output",
         )
-    if resume and journal is not None:
-        _require_same(journal, partial, identity, stamp)
+    problem = None if journal is None else _difference(journal, partial, identity, stamp)
+    if resume and journal is not None and problem is not None and journal.done:
+        raise problem
+    if resume and journal is not None and problem is None:
         with writing(partial):
             for path in partial.glob("*.unfinished"):
                 path.unlink()
@@ -142,26 +171,39 @@ def prepare_partial(
 
 def move_into_place(partial: Path, output: Path) -> None:
     """The finished folder under its name; what was there is removed once the new one is."""
-    replaced = output.with_name(output.name + ".replaced")
+    replaced = _replaced_folder(output)
     with writing(output):
         if output.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             os.rename(output, replaced)
         os.rename(partial, output)
         sync_folder(output.parent)
-        (output / JOURNAL).unlink(missing_ok=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _tidy_up(output)
 
 
-def _require_same(journal: Journal, partial: Path, identity: str, stamp: Mapping[str, Any]) -> None:
+def _tidy_up(output: Path) -> None:
+    """Remove what a finished conversion no longer needs; the journal last, by which it is known."""
+    shutil.rmtree(_replaced_folder(output), ignore_errors=True)
+    (output / JOURNAL).unlink(missing_ok=True)
+
+
+def _replaced_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")
+
+
+def _difference(
+    journal: Journal, partial: Path, identity: str, stamp: Mapping[str, Any]
+) -> ConversionError | None:
+    """Why what a journal tells of is not the beginning of this conversion; None where it is."""
     if journal.identity != identity:
-        raise ConversionError(
+        return ConversionError(
             f"{partial} holds an unfinished conversion with other options or of another source",
             hint="finish it with the same command, or drop it with --no-resume",
         )
     changed = [file for file in stamp if journal.source.get(file) != stamp[file]]
     if changed:
-        raise ConversionError(
+        return ConversionError(
             f"{changed[0]} of the source changed since the conversion began",
             hint="start again with --no-resume",
         )
+    return None

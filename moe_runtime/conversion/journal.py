@@ -9,8 +9,10 @@ true; a process killed in the middle of a line leaves a last line that is no JSO
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,6 +78,11 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
             file.flush()
             os.fsync(file.fileno())
+
+
+def fingerprint(stamp: Mapping[str, Any]) -> str:
+    """Of a source's files as they are: 16 hexadecimal digits, equal as long as none changes."""
+    return hashlib.sha256(json.dumps(stamp, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def sync_folder(folder: Path) -> None:

@@ -70,11 +70,8 @@ class ConversionOptions:
         return (self.scale_rule or "even") if self.target in MX_TARGETS else None
 
     def keeps(self, name: str) -> bool:
-        """Whether --keep names a weight: a glob over the whole name, or a part of it."""
-        return any(
-            fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*{pattern}*")
-            for pattern in self.keep
-        )
+        """Whether --keep names a weight."""
+        return any(matches(pattern, name) for pattern in self.keep)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, equal for equal conversions."""
@@ -90,6 +87,11 @@ class ConversionOptions:
             "allow": sorted(self.allow),
             "base_model": self.base_model,
         }
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a pattern of --keep names a weight: a glob over the whole name, or a part of it."""
+    return fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(name, f"*{pattern}*")
 
 
 def parse_size(text: str) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -20,7 +20,7 @@ from loaders.checkpoint import Checkpoint
 from loaders.errors import UnsupportedModelError
 from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.conversion.decisions import Decision, decide, skip_reason
-from moe_runtime.conversion.inventory import check_inventory
+from moe_runtime.conversion.inventory import check_source
 from moe_runtime.conversion.layouts import (
     COMPRESSED_TENSORS,
     DEEPSEEK,
@@ -30,7 +30,8 @@ from moe_runtime.conversion.layouts import (
     written_parts,
 )
 from moe_runtime.conversion.options import ConversionOptions
-from moe_runtime.conversion.roles import EXPERTS, expert_of, hidden_size, role_of
+from moe_runtime.conversion.roles import DENSE_ROLES, EXPERTS, expert_of, hidden_size, role_of
+from moe_runtime.models.gpt_oss_original import as_huggingface
 from quant.formats import BF16, NVFP4, QuantFormat
 
 # Names of one expert's gate -> its up: what is used side by side shares one NVFP4 tensor scale.
@@ -145,6 +146,7 @@ class ConversionPlan:
     layout: str
     shards: tuple[Shard, ...]
     skipped: tuple[tuple[LogicalTensor, str], ...]
+    left_out: tuple[str, ...]  # files with weights that the index does not name
     files: tuple[str, ...]  # of the source, in the order of use
     config: Mapping[str, Any]  # of the source
 
@@ -196,45 +198,61 @@ def plan_conversion(checkpoint: Checkpoint, options: ConversionOptions) -> Conve
     Raises ConversionError for a refusal, CheckpointError for files that do not fit each other,
     UnsupportedModelError for weights that cannot be told apart.
     """
-    if checkpoint.layout == "original":
-        raise UnsupportedModelError(
-            "the vendor's original/ layout is not converted",
-            hint="give the folder above, in the Hugging Face layout",
-        )
+    renamed = checkpoint.layout == "original"
+    checkpoint = as_huggingface(checkpoint)
     weights = logical_tensors(checkpoint)
     config = checkpoint.config
     roles = {weight.name: role_of(weight, config) for weight in weights}
     skipped = [(weight, why) for weight in weights if (why := skip_reason(weight))]
     kept = [weight for weight in weights if not skip_reason(weight)]
-    check_inventory(kept, roles, config, options)
+    check_source(checkpoint, kept, roles, options)
     layout = choose_layout(kept, roles, config, options)
     tasks = list(_tasks(kept, roles, config, options, layout))
-    _require_work(tasks, options)
+    if not renamed and not changes_anything(output for task in tasks for output in task.outputs):
+        raise _nothing_to_do(tasks, layout, options)
     files = _files_in_order(tasks)
     order = {file: number for number, file in enumerate(files)}
     tasks.sort(key=lambda task: _position(task, order))
     shards = _shards(tasks, options.shard_bytes)
-    return ConversionPlan(options, layout, shards, tuple(skipped), files, config)
+    left_out = unlisted_files(checkpoint)
+    return ConversionPlan(options, layout, shards, tuple(skipped), left_out, files, config)
 
 
-def _require_work(tasks: Sequence[Task], options: ConversionOptions) -> None:
-    """Raise UnsupportedModelError when the result would be the source again, under the same names.
+def changes_anything(outputs: Iterable[Output]) -> bool:
+    """Whether the result is more than the source again.
 
-    The same numbers in another form are work: FP4 experts of DeepSeek V4 as compressed-tensors.
+    The same numbers in another form are: FP4 experts of DeepSeek V4 as compressed-tensors.
     """
-    outputs = [output for task in tasks for output in task.outputs]
-    same_names = all(
-        {part.name for part in output.parts.values()}
-        == {info.name for info in output.source.parts.values()}
+    return any(
+        output.converts
+        or {part.name: part.shape for part in output.parts.values()}
+        != {info.name: info.shape for info in output.source.parts.values()}
         for output in outputs
     )
-    if same_names and not any(output.converts for output in outputs):
-        hint = "--dense fp8-block converts attention and dense matrices"
-        raise UnsupportedModelError(
-            f"nothing to convert to {options.target}: no weight of routed experts that is not in "
-            "it already",
-            hint=None if options.target == "bf16" else hint,
-        )
+
+
+def unlisted_files(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Files with weights beside the checkpoint's own, such as a copy in the vendor's layout."""
+    used = {info.file for info in checkpoint.tensors.values()}
+    prefixes = {file.rpartition("/")[0] for file in used}
+    names = [name for name in checkpoint.files.names() if name.endswith(".safetensors")]
+    return tuple(sorted(n for n in names if n not in used and n.rpartition("/")[0] in prefixes))
+
+
+def _nothing_to_do(
+    tasks: Sequence[Task], layout: str, options: ConversionOptions
+) -> UnsupportedModelError:
+    dense = any(
+        task.role in DENSE_ROLES and output.source.format is None
+        for task in tasks
+        for output in task.outputs
+    )
+    helps = dense and layout != GPT_OSS and options.target != "bf16"
+    return UnsupportedModelError(
+        f"nothing to convert to {options.target}: no weight of routed experts that is not in it "
+        "already",
+        hint="--dense fp8-block converts attention and dense matrices" if helps else None,
+    )
 
 
 def choose_layout(
@@ -277,7 +295,7 @@ def _tasks(
     outputs: dict[str, tuple[Output, str, str]] = {}
     for weight in weights:
         decision = decide(weight, roles[weight.name], options)
-        for output in _outputs(weight, decision, config, layout):
+        for output in outputs_of(weight, decision, config, layout):
             if output.name in outputs:
                 raise UnsupportedModelError(f"two weights would be written as {output.name}")
             outputs[output.name] = (output, roles[weight.name], decision.reason)
@@ -307,7 +325,7 @@ def _partner(
     return other[0] if other[0].source.format is output.source.format else None
 
 
-def _outputs(
+def outputs_of(
     weight: LogicalTensor, decision: Decision, config: Mapping[str, Any], layout: str
 ) -> Iterator[Output]:
     """What a weight becomes: one output, or for stacked experts one for each matrix."""

@@ -9,10 +9,8 @@ from typing import Any
 from loaders.logical import LogicalTensor
 from moe_runtime.conversion.planning import ConversionPlan
 from moe_runtime.conversion.report import TensorRecord
-from moe_runtime.conversion.roles import role_of
+from moe_runtime.conversion.roles import plain_format, role_of, source_format
 from quant.quality import TensorQuality, merge
-
-_PLAIN_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 
 @dataclass
@@ -41,7 +39,7 @@ def tensor_records(
                 sources[name] = output.source
                 entry = gathered.setdefault(name, _Gathered(task.role, task.reason))
                 entry.converts |= output.converts
-                entry.format = output.format.name if output.format else _plain(output.source)
+                entry.format = output.format.name if output.format else plain_format(output.source)
                 entry.nbytes += output.nbytes
                 if saved is not None:
                     entry.quality.append(TensorQuality.from_dict(saved))
@@ -53,15 +51,6 @@ def plan_records(plan: ConversionPlan) -> list[TensorRecord]:
     """The records of a conversion that has not been done: without qualities."""
     nothing = {s.file: [[None for _ in task.outputs] for task in s.tasks] for s in plan.shards}
     return tensor_records(plan, nothing)
-
-
-def source_format(weight: LogicalTensor) -> str:
-    """The format of a weight of the source, by name."""
-    return weight.format.name if weight.format else _plain(weight)
-
-
-def _plain(weight: LogicalTensor) -> str:
-    return _PLAIN_NAMES.get(weight.dtype, weight.dtype.lower())
 
 
 def _record(weight: LogicalTensor, entry: _Gathered) -> TensorRecord:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loaders.errors import CheckpointError
 from moe_runtime.conversion.report_html import page
 from quant.quality import TensorQuality, merge
 
@@ -63,6 +64,18 @@ def write_report(
     (folder / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
     (folder / REPORT_HTML).write_text(page(report), encoding="utf-8")
     return report
+
+
+def read_report(folder: Path) -> tuple[list[TensorRecord], dict[str, Any]]:
+    """Records and meta of the report in `folder`; CheckpointError when there is none."""
+    try:
+        saved = json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))
+        return [TensorRecord.from_dict(entry) for entry in saved["tensors"]], dict(saved["meta"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder}: no {REPORT_JSON} that can be read",
+            hint="`moe-runtime convert` leaves one beside the weights",
+        ) from error
 
 
 def summarize(records: Sequence[TensorRecord], meta: Mapping[str, Any]) -> dict[str, Any]:

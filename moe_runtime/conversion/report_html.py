@@ -11,6 +11,7 @@ from typing import Any
 from moe_runtime.conversion.figures import bars, dots, histogram
 
 _MOST_ROWS = 2000  # of the list of tensors; the JSON file has all of them
+_MOST_DOTS = 2000  # of the figure by layer, beside the worst of each layer
 _LAYER = re.compile(r"\.(\d+)\.")
 _STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --soft: #5d636b; --line: #d7dade;
@@ -75,33 +76,44 @@ def _quality_figures(report: Mapping[str, Any]) -> list[str]:
         for tensor in worst
         if tensor["quality"]["relative_mse"] > 0
     ]
-    exponents = report["totals"]["quality"]["scale_exponents"]
+    scales = {
+        part["component"]: part["quality"]["scale_exponents"]
+        for part in report["components"]
+        if part["quality"] is not None and part["quality"]["scale_exponents"]
+    }
     return [
         "<h2>Signal to noise</h2>",
         "<p>10 log10 of the squared weights over the squared errors, in dB: 6 dB more is half the "
         "error. Weights drawn from a normal distribution have about 19 dB in MXFP4, 20 dB in NVFP4 "
-        "and 31 dB in FP8.</p>",
+        "and 31 dB in FP8. Where scales were searched for, the plain rule's is in brackets.</p>",
         bars(by_component, "dB", "Signal to noise by component"),
         dots(_by_layer(measured), "dB", "Signal to noise of each tensor by layer"),
         "<h2>The worst ten</h2>" if worst_rows else "",
         "<p>Squared error as a share of the squared weights.</p>" if worst_rows else "",
         bars(worst_rows, "%", "Largest relative errors"),
-        "<h2>Block scales</h2>" if exponents else "",
-        histogram(
-            {int(exponent): count for exponent, count in exponents.items()},
-            "floor(log2(scale)), tensor scales included",
-            "Histogram of block scales",
-        ),
+        "<h2>Block scales</h2>" if scales else "",
+        *(_scale_figure(component, exponents) for component, exponents in scales.items()),
     ]
 
 
+def _scale_figure(component: str, exponents: Mapping[str, int]) -> str:
+    drawn = histogram(
+        {int(exponent): count for exponent, count in exponents.items()},
+        "floor(log2(scale)), tensor scales included",
+        f"Histogram of block scales: {component}",
+    )
+    return f"<p>{escape(component)}</p>{drawn}"
+
+
 def _by_layer(tensors: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, str]]:
+    """Layer, SQNR and name: of many tensors some of every layer, the worst of each among them."""
     points = []
     for tensor in tensors:
         layer, found = _LAYER.search(tensor["name"]), tensor["quality"]["sqnr_db"]
         if layer and found is not None:
             points.append((int(layer[1]), found, tensor["name"]))
-    return points[:_MOST_ROWS]
+    worst = {point[0]: point for point in sorted(points, reverse=True)}
+    return sorted({*points[:: -(-len(points) // _MOST_DOTS) or 1], *worst.values()})
 
 
 def _meta(meta: Mapping[str, Any]) -> str:
@@ -146,8 +158,10 @@ def _quality_cells(quality: Mapping[str, Any] | None) -> str:
         return "<td>-</td>" * len(_QUALITY_HEADS)
     found = quality["sqnr_db"]
     blocks = quality["blocks"]
+    plain = quality["plain_sqnr_db"]
+    beside = "" if plain is None else f" ({plain:.2f})"
     cells = (
-        "exact" if found is None else f"{found:.2f}",
+        "exact" if found is None else f"{found:.2f}{beside}",
         f"{quality['max_abs_error']:.3g}",
         f"{100 * quality['saturated_share']:.2f} %",
         f"{100 * quality['zero_blocks'] / blocks:.2f} %" if blocks else "-",

@@ -10,6 +10,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from loaders.errors import CheckpointError
+from loaders.json_text import shown
 from loaders.logical import LogicalTensor
 
 EXPERTS = "experts"
@@ -31,6 +33,7 @@ _ROLES: tuple[tuple[str, str], ...] = (
     ("mlp", r"(^|\.)(mlp|ffn|feed_forward|block_sparse_moe)\."),
 )
 _COMPILED = tuple((role, re.compile(pattern)) for role, pattern in _ROLES)
+_PLAIN_NAMES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|block)\.(\d+)\.")
 _EXPERT = re.compile(r"^(.*\.experts)\.(\d+)\.(.+)$")
 _NO_MATRIX = re.compile(r"conv1d|A_log|dt_bias|sinks?$|tid2eid")
@@ -66,6 +69,16 @@ def expert_of(name: str) -> tuple[str, int, str] | None:
     return (match[1], int(match[2]), match[3]) if match else None
 
 
+def source_format(weight: LogicalTensor) -> str:
+    """The stored format of a weight, by name."""
+    return weight.format.name if weight.format else plain_format(weight)
+
+
+def plain_format(weight: LogicalTensor) -> str:
+    """The name of the numbers that a weight's values are stored as."""
+    return _PLAIN_NAMES.get(weight.dtype, weight.dtype.lower())
+
+
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of config.json that describes the language model."""
     inner = config.get("text_config")
@@ -74,20 +87,28 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def num_layers(config: Mapping[str, Any]) -> int | None:
     """Layers of the model itself, as config.json says."""
-    found = text_config(config).get("num_hidden_layers")
-    return found if isinstance(found, int) else None
+    return _size(config, "num_hidden_layers")
 
 
 def num_experts(config: Mapping[str, Any]) -> int | None:
     """Routed experts of a layer, as config.json says."""
-    inner = text_config(config)
-    for key in ("num_experts", "n_routed_experts", "num_local_experts"):
-        if isinstance(inner.get(key), int):
-            return int(inner[key])
-    return None
+    keys = ("num_experts", "n_routed_experts", "num_local_experts")
+    return next((found for key in keys if (found := _size(config, key)) is not None), None)
 
 
 def hidden_size(config: Mapping[str, Any]) -> int | None:
     """The model's width, as config.json says."""
-    found = text_config(config).get("hidden_size")
-    return found if isinstance(found, int) else None
+    return _size(config, "hidden_size")
+
+
+def _size(config: Mapping[str, Any], key: str) -> int | None:
+    """A size that config.json may have; CheckpointError for one that is no whole number."""
+    found = text_config(config).get(key)
+    if isinstance(found, list):  # one a layer
+        return None
+    if found is not None and (not isinstance(found, int) or isinstance(found, bool)):
+        raise CheckpointError(
+            f"config.json: {key}: expected a whole number, found {shown(found)}",
+            hint="the file is damaged: download the checkpoint again",
+        )
+    return found

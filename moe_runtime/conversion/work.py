@@ -6,9 +6,10 @@ threads work on one shard, and memory holds a few chunks whatever the size of a 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from loaders.logical import LogicalTensor
 from loaders.tensor_rows import RowReader, byte_view
+from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.layouts import WRITTEN
 from moe_runtime.conversion.options import MX_TARGETS, SEARCHED_TARGETS, ConversionOptions
 from moe_runtime.conversion.planning import Output, Task
@@ -142,9 +144,20 @@ class Workshop:
             return None
         weight = self._numbers(output.source, chunk)
         assert output.format is not None
-        stored = encode(weight, output.format, **self._settings(output, whole))
+        settings = self._settings(output, whole)
+        stored = encode(weight, output.format, **settings)
+        quality = measure(weight, stored)
+        if settings.pop("scale_search", None):
+            plain = measure(weight, encode(weight, output.format, **settings))
+            quality = replace(quality, plain_noise=plain.noise)
+        if not math.isfinite(quality.max_abs_error):
+            raise ConversionError(
+                f"{output.source.name}: a weight of {quality.largest:.3g} is infinity in "
+                f"{output.format.name}",
+                hint="the source looks damaged; --keep leaves a weight as it is",
+            )
         self._write_rows(output, chunk, stored.to("cpu"), shard)
-        return measure(weight, stored)
+        return quality
 
     def _numbers(self, weight: LogicalTensor, chunk: Chunk) -> Tensor:
         """Rows of a source as finite numbers on the device."""

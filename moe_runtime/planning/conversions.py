@@ -7,17 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from loaders.checkpoint import Checkpoint
+from loaders.errors import CheckpointError, UnsupportedModelError
 from moe_runtime.conversion.decisions import decide, skip_reason
-from moe_runtime.conversion.errors import ConversionError
+from moe_runtime.conversion.needs import disk_bytes, memory_bytes
 from moe_runtime.conversion.options import ConversionOptions
+from moe_runtime.conversion.planning import changes_anything, choose_layout, outputs_of
 from moe_runtime.conversion.roles import role_of
 from moe_runtime.planning.components import Groups, Kinds
-from moe_runtime.planning.variants import stored_bytes
 from quant.formats import TARGETS
-
-# `convert` keeps to these bounds.
-BASE_MEMORY_BYTES = 2_000_000_000
-TENSORS_IN_MEMORY = 3  # of the largest one
 
 
 @dataclass(frozen=True)
@@ -32,42 +29,45 @@ class Conversion:
     problem: str | None = None  # why it is refused or of no use
 
 
-def conversions(checkpoint: Checkpoint, groups: Groups) -> tuple[Conversion, ...]:
-    """A row for each target format."""
-    if checkpoint.layout == "original":
-        problem = "the original/ layout is not converted: give the folder above"
-        return tuple(Conversion(target, 0, 0, 0, 0, problem) for target in TARGETS)
+def conversions(
+    checkpoint: Checkpoint, groups: Groups, *, renamed: bool = False
+) -> tuple[Conversion, ...]:
+    """A row for each target format.
+
+    renamed: whether the files have other names than the checkpoint, see gpt_oss_original
+    """
     kinds = [kind for group in groups.values() for kind in group if not skip_reason(kind[0])]
     roles = {tensor.name: role_of(tensor, checkpoint.config) for tensor, _ in kinds}
     # From a folder the source is there already; from the hub one shard of it at a time is.
     shard = 0 if checkpoint.folder is not None else _largest_shard(checkpoint)
-    largest = max((tensor.nbytes for tensor, _ in kinds), default=0)
-    memory = BASE_MEMORY_BYTES + TENSORS_IN_MEMORY * largest
-    return tuple(_conversion(target, kinds, roles, shard, memory) for target in TARGETS)
+    return tuple(
+        _conversion(target, kinds, roles, checkpoint, shard, renamed) for target in TARGETS
+    )
 
 
 def _conversion(
     target: str,
     kinds: Kinds,
     roles: Mapping[str, str],
+    checkpoint: Checkpoint,
     shard: int,
-    memory: int,
+    renamed: bool,
 ) -> Conversion:
-    options = ConversionOptions(target)
-    converted, size = 0, 0
+    options, config = ConversionOptions(target), checkpoint.config
+    outputs, converted, size = [], 0, 0
     try:
+        layout = choose_layout([tensor for tensor, _ in kinds], roles, config, options)
         for tensor, count in kinds:
             decision = decide(tensor, roles[tensor.name], options)
-            if decision.converts and decision.format is not None:
-                converted += count
-                size += count * stored_bytes(tensor.shape, decision.format)
-            else:
-                size += count * tensor.nbytes
-    except ConversionError as error:
+            made = list(outputs_of(tensor, decision, config, layout))
+            outputs += made
+            converted += count * decision.converts
+            size += count * sum(output.nbytes for output in made)
+    except (CheckpointError, UnsupportedModelError) as error:
         return Conversion(target, 0, 0, 0, 0, error.message)
-    if not converted:
+    if not renamed and not changes_anything(outputs):
         return Conversion(target, 0, 0, 0, 0, f"no routed experts that are not in {target} already")
-    return Conversion(target, converted, size, size + shard, memory)
+    return Conversion(target, converted, size, disk_bytes(size, shard), memory_bytes(outputs))
 
 
 def _largest_shard(checkpoint: Checkpoint) -> int:

@@ -11,6 +11,7 @@ from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.logical import LogicalTensor, logical_tensors
 from moe_runtime.config import DecoderConfig
 from moe_runtime.machines import Machine
+from moe_runtime.models.gpt_oss_original import as_huggingface
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import LOOKED_UP, RESERVE_BYTES, longest_context
 from moe_runtime.planning.components import (
@@ -132,6 +133,8 @@ def plan_checkpoint(
     context: tokens in the cache; default DEFAULT_CONTEXT, at most what the model was made for
     Raises CheckpointError, UnsupportedModelError for formats that are not read, ValueError.
     """
+    layout = checkpoint.layout
+    checkpoint = as_huggingface(checkpoint)
     tensors = logical_tensors(checkpoint)
     config, groups, refusal = _understand(checkpoint, tensors)
     if context is not None and not 1 <= context <= config.max_context:
@@ -145,7 +148,7 @@ def plan_checkpoint(
     return PlanReport(
         family=config.family,
         architecture=_architecture(checkpoint, config),
-        layout=checkpoint.layout,
+        layout=layout,
         machine=machine,
         context=wanted,
         max_context=config.max_context,
@@ -158,7 +161,7 @@ def plan_checkpoint(
         contexts=_contexts(published, machine, wanted),
         what_if=tuple(_variant_row(variant, machine, wanted) for variant in found),
         fits=tuple(_fit(v, gpu, wanted) for gpu in others for v in _dense_pair(found)),
-        conversions=conversions(checkpoint, groups),
+        conversions=conversions(checkpoint, groups, renamed=layout == "original"),
         backends=_backends(config, refusal),
         notes=_notes(config, groups, sum(read.values()), refusal),
     )

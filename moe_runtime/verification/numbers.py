@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -71,11 +72,20 @@ def judge(weight: LogicalTensor, facts: Facts) -> Iterator[Finding]:
     if unwritten:
         message = f"{unwritten} of {facts.scales} scales are zero over codes that are not zero"
         yield Finding("scales", message, weight.name)
-    elif facts.scales >= _MANY_SCALES and facts.lowest == facts.highest and facts.any_nonzero:
+    elif (
+        _stored_scales(weight) >= _MANY_SCALES
+        and facts.lowest == facts.highest
+        and facts.any_nonzero
+    ):
         message = f"all {facts.scales} scales are the same: were they ever written?"
         yield Finding("scales", message, weight.name, is_error=False)
     if not facts.any_nonzero and len(weight.shape) > 1 and not facts.bad:
         yield Finding("numbers", "every number is zero", weight.name, is_error=False)
+
+
+def _stored_scales(weight: LogicalTensor) -> int:
+    """One may stand for all rows."""
+    return math.prod(weight.parts["scales"].shape) if weight.format is not None else 0
 
 
 def _look(numbers: Tensor, where: str) -> Facts:

@@ -53,6 +53,7 @@ class Verification:
     tensors: tuple[CheckedTensor, ...] = ()
     compared: bool = False  # whether there was a source
     seconds: float = 0.0
+    bytes_read: int = 0  # of both
 
     @property
     def sound(self) -> bool:
@@ -79,6 +80,7 @@ class Verification:
             "num_tensors": len(self.tensors),
             "bytes": self.nbytes,
             "seconds": round(self.seconds, 3),
+            "bytes_read": self.bytes_read,
             "findings": [finding.as_dict() for finding in self.findings],
             "components": [
                 {"component": name, **summary(group)} for name, group in self.components().items()

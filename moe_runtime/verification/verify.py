@@ -21,12 +21,14 @@ from loaders.errors import CheckpointError, UnsupportedModelError
 from loaders.json_text import listed, parse_json_object
 from loaders.logical import LogicalTensor, logical_tensors
 from loaders.tensor_rows import RowReader
+from moe_runtime.allocator import keep_freed_memory
 from moe_runtime.conversion.decisions import skip_reason
-from moe_runtime.conversion.inventory import check_inventory
+from moe_runtime.conversion.inventory import check_inventory, different_experts
 from moe_runtime.conversion.options import ConversionOptions
-from moe_runtime.conversion.records import source_format
+from moe_runtime.conversion.planning import unlisted_files
 from moe_runtime.conversion.report import REPORT_JSON
-from moe_runtime.conversion.roles import expert_of, role_of
+from moe_runtime.conversion.roles import role_of, source_format
+from moe_runtime.models.gpt_oss_original import as_huggingface
 from moe_runtime.models.registry import plan_model
 from moe_runtime.verification.against import (
     Comparison,
@@ -89,19 +91,25 @@ def verify(
     CheckpointError or UnsupportedModelError.
     """
     started = time.perf_counter()
+    keep_freed_memory()
     with ExitStack() as stack:
-        theirs = None if source is None else stack.enter_context(open_folder(source))
+        theirs = None if source is None else stack.enter_context(_open(source))
         try:
-            ours = stack.enter_context(open_folder(folder))
+            ours = stack.enter_context(_open(folder))
             weights = logical_tensors(ours)
         except CheckpointError as error:
             return Verification((Finding("files", error.message),), compared=theirs is not None)
         on_total(sum(weight.nbytes for weight in weights))
         run = _Run(ours, weights, theirs, on_bytes)
         findings = [*check_names(ours, weights), *run.pairing(), *run.check_numbers()]
+    seconds = time.perf_counter() - started
     return Verification(
-        tuple(findings), tuple(run.checked), theirs is not None, time.perf_counter() - started
+        tuple(findings), tuple(run.checked), theirs is not None, seconds, run.bytes_read
     )
+
+
+def _open(folder: Path) -> Checkpoint:
+    return as_huggingface(open_folder(folder))
 
 
 def check_names(checkpoint: Checkpoint, weights: Sequence[LogicalTensor]) -> Iterator[Finding]:
@@ -114,21 +122,18 @@ def check_names(checkpoint: Checkpoint, weights: Sequence[LogicalTensor]) -> Ite
         yield Finding("config", note, is_error=False)
     except CheckpointError as error:
         yield Finding("config", error.message)
-    if checkpoint.layout != "original":
-        try:
-            roles = {weight.name: role_of(weight, config) for weight in weights}
-            check_inventory(weights, roles, config, ConversionOptions("mxfp4"))
-        except CheckpointError as error:
-            yield Finding("names", error.message)
-        yield from _quantization_claims(config, weights)
-    listed_files = {info.file for info in checkpoint.tensors.values()}
-    beside = {name for name in checkpoint.files.names() if name.endswith(".safetensors")}
-    prefix = "original/" if checkpoint.layout == "original" else ""
-    extra = sorted(n for n in beside - listed_files if n.startswith(prefix) and "/" not in n)
+    try:
+        roles = {weight.name: role_of(weight, config) for weight in weights}
+        check_inventory(weights, roles, config, ConversionOptions("mxfp4"))
+    except CheckpointError as error:
+        yield Finding("names", error.message)
+    yield from _quantization_claims(config, weights)
+    extra = unlisted_files(checkpoint)
     if extra:
-        message = f"{listed(extra)}: in the folder, but no tensor of it is in the index"
+        message = f"{listed(list(extra))}: in the folder, but no tensor of it is in the index"
         yield Finding("files", message, is_error=False)
-    yield from _different_experts(weights)
+    for name, message in different_experts(weights):
+        yield Finding("names", message, name)
 
 
 def _quantization_claims(
@@ -143,22 +148,6 @@ def _quantization_claims(
         yield Finding("config", message, is_error=False)
     if claimed and not quantized:
         yield Finding("config", "quantization_config, but no weight is quantized", is_error=False)
-
-
-def _different_experts(weights: Sequence[LogicalTensor]) -> Iterator[Finding]:
-    """Experts of one layer that differ in shape or format."""
-    first: dict[tuple[str, str], LogicalTensor] = {}
-    for weight in weights:
-        parsed = expert_of(weight.name)
-        if parsed is None:
-            continue
-        known = first.setdefault((parsed[0], parsed[2]), weight)
-        if known.shape != weight.shape or known.format is not weight.format:
-            message = (
-                f"{source_format(weight)} {weight.shape}, where {known.name} is "
-                f"{source_format(known)} {known.shape}"
-            )
-            yield Finding("names", message, weight.name)
 
 
 class _Run:
@@ -180,15 +169,16 @@ class _Run:
         self.on_bytes = on_bytes
         self.checked: list[CheckedTensor] = []
 
+    @property
+    def bytes_read(self) -> int:
+        """From all files."""
+        theirs = 0 if self.source_reader is None else self.source_reader.bytes_read
+        return self.reader.bytes_read + theirs
+
     def pairing(self) -> Iterator[Finding]:
         """Weights that the source does not have, and of the source that are missing here."""
         if self.theirs is None:
             return
-        if self.theirs.layout != self.ours.layout:
-            raise UnsupportedModelError(
-                f"the source is in the {self.theirs.layout} layout, this checkpoint in the "
-                f"{self.ours.layout} one: their names do not match"
-            )
         yield from _config_changes(self.ours.config, self.theirs.config)
         sources = {weight.name: weight for weight in logical_tensors(self.theirs)}
         used = set()

@@ -42,7 +42,8 @@ def choose(module, position, count, tokens=1, *, ties=False):
     query, weights, cache = random(
         position, (tokens, HEADS, WIDTH), (tokens, HEADS), (SLOTS, WIDTH)
     )
-    if ties:
+    if ties:  # of whole numbers, whose sums are exact in any order
+        query, weights, cache = query.round(), weights.round(), cache.round()
         cache[1:] = cache[0]
     at = torch.tensor([position], dtype=torch.int32)
     scores = torch.full((tokens, SLOTS), float("nan"))

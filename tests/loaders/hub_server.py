@@ -51,7 +51,7 @@ class FakeHub:
     gated: set[str] = field(default_factory=set)
     drop_after: dict[str, list[int]] = field(default_factory=dict)  # file: bytes, per connection
     hang_after: dict[str, int] = field(default_factory=dict)  # file: bytes, then silence
-    corrupt: set[str] = field(default_factory=set)  # files sent with a flipped byte
+    corrupt: set[str] = field(default_factory=set)  # files sent with their last bit flipped
     broken: int | None = None  # HTTP status of every answer
     ignore_ranges: bool = False
     pause_after: int | None = None  # bytes of any file, then a second to let the client hang up
@@ -245,7 +245,7 @@ class _Handler(BaseHTTPRequestHandler):
             if name in files and sha256(files[name]) == digest
         )  # fmt: skip
         if name in self.hub.corrupt:
-            content = bytes([content[0] ^ 1]) + content[1:]
+            content = content[:-1] + bytes([content[-1] ^ 1])
         headers = {"ETag": f'"{digest}"', "Accept-Ranges": "bytes"}
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.record.range or "")
         if not asked or self.hub.ignore_ranges:

@@ -1,8 +1,8 @@
 """Conversions in processes that may be killed: torch is imported once, each conversion is a fork.
 
-Reads one JSON request a line: {"source", "output", "to", "shard_bytes", "kill_at"}. The fork counts
-the calls that reach the disk and kills itself with SIGKILL at the one numbered kill_at, in the
-middle of it if it is a write. Answers {"killed": bool, "status": int, "calls": int}.
+Reads one JSON request a line: {"source", "output", "to", "shard_bytes", "overwrite", "kill_at"}.
+The fork counts the calls that reach the disk and kills itself with SIGKILL at the one numbered
+kill_at, in the middle of it if it is a write; answers {"killed": bool, "status": int, "calls": int}
 """
 
 from __future__ import annotations
@@ -53,7 +53,10 @@ def run(request: dict[str, Any]) -> int:
     for name in _COUNTED:
         setattr(os, name, doors.guard(name))
     options = ConversionOptions(request["to"], shard_bytes=request["shard_bytes"])
-    convert(request["source"], Path(request["output"]), options, progress=False)
+    overwrite = request["overwrite"]
+    convert(
+        request["source"], Path(request["output"]), options, overwrite=overwrite, progress=False
+    )
     return doors.calls
 
 

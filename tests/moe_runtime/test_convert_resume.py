@@ -5,11 +5,13 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,7 +23,7 @@ from moe_runtime.conversion.errors import ConversionError
 from moe_runtime.conversion.folders import locked, partial_folder
 from moe_runtime.conversion.journal import JOURNAL, Journal
 from moe_runtime.conversion.options import ConversionOptions
-from tests.loaders.hub_server import ROOT, FakeHub, client_environment, serve
+from tests.loaders.hub_server import COMMIT, ROOT, FakeHub, client_environment, serve
 from tests.oracles.tiny_moe import config, stacked, tiny_tensors, write_tiny_moe
 
 SHARD_BYTES = 60_000
@@ -57,10 +59,10 @@ def forks():
     pipe = subprocess.PIPE
     with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
 
-        def ask(source, output, kill_at=None):
+        def ask(source, output, kill_at=None, overwrite=False):
             request = {
                 **{"source": str(source), "output": str(output), "to": "nvfp4"},
-                **{"shard_bytes": SHARD_BYTES, "kill_at": kill_at},
+                **{"shard_bytes": SHARD_BYTES, "kill_at": kill_at, "overwrite": overwrite},
             }
             print(json.dumps(request), file=process.stdin, flush=True)
             return json.loads(process.stdout.readline())
@@ -84,6 +86,24 @@ def test_killed_at_random_moments_it_comes_to_the_same_bytes(source, forks, tmp_
         assert content(output) == expected, f"killed at call {moment}"
         assert not partial_folder(output).exists()
         shutil.rmtree(output, ignore_errors=True)
+
+
+def test_killed_while_it_replaces_a_checkpoint(source, forks, tmp_path):
+    """At each of the last calls, renames among them: the new one comes, nothing else stays."""
+    old = run(source, ConversionOptions("mxfp8"), name="old")
+    shutil.copytree(old, tmp_path / "whole")
+    whole = forks(source, tmp_path / "whole", overwrite=True)
+    expected = content(tmp_path / "whole")
+    for moment in range(whole["calls"] - 7, whole["calls"] + 1):
+        output = tmp_path / "out"
+        shutil.copytree(old, output)
+        assert forks(source, output, kill_at=moment, overwrite=True)["killed"]
+        left = {path.name for path in tmp_path.iterdir() if path.name.startswith("out")}
+        assert left & {"out", "out.replaced"}, "one of both is always there"
+        assert forks(source, output, overwrite=True)["status"] == 0
+        assert content(output) == expected, f"killed at call {moment}"
+        assert {p.name for p in tmp_path.iterdir() if p.name.startswith("out")} == {"out"}
+        shutil.rmtree(output)
 
 
 def test_killed_again_and_again_it_gets_on(source, forks, tmp_path):
@@ -237,6 +257,71 @@ def test_a_finished_conversion_is_not_done_again(source, options):
     assert {path: path.stat().st_mtime_ns for path in output.iterdir()} == times
 
 
+def test_a_finished_conversion_whose_source_has_changed(source, options):
+    """The report of the old weights must not pass for one of the new."""
+    before = content(run(source, options))
+    write_tiny_moe(source, tiny_tensors(seed=1))
+    with pytest.raises(ConversionError, match="a source that has changed since") as caught:
+        run(source, options)
+    assert "--overwrite" in caught.value.hint
+    after = content(run(source, options, overwrite=True))
+    assert after == content(run(source, options, name="fresh")) != before
+
+
+def test_a_finished_conversion_that_was_damaged(source, options):
+    output = run(source, options)
+    expected = content(output)
+    shard = sorted(output.glob("model-*.safetensors"))[1]
+    for damage in (lambda: shard.write_bytes(b"short"), shard.unlink):
+        damage()
+        with pytest.raises(ConversionError, match=f"{shard.name}: expected the .* bytes that were"):
+            run(source, options)
+        assert content(run(source, options, overwrite=True)) == expected
+
+
+def test_killed_after_the_move_it_tidies_up(source, options, monkeypatch):
+    """With --overwrite too: what is whole is not converted again, what it replaced goes."""
+    run(source, ConversionOptions("mxfp8"))
+    monkeypatch.setattr(folders, "_tidy_up", lambda output: None)
+    output = run(source, options, overwrite=True)
+    monkeypatch.undo()
+    left = {path.name for path in output.parent.iterdir()}
+    assert left >= {"out", "out.replaced"} and (output / JOURNAL).exists()
+    times = {path: path.stat().st_mtime_ns for path in output.glob("*.safetensors")}
+    run(source, options, overwrite=True)
+    assert {path: path.stat().st_mtime_ns for path in times} == times
+    assert not (output / JOURNAL).exists()
+    assert {path.name for path in output.parent.iterdir()} == left - {"out.replaced"}
+
+
+def test_a_home_folder_is_a_home_folder(source, options, monkeypatch):
+    monkeypatch.setenv("HOME", str(source.parent))
+    convert(str(source), Path("~/at-home"), options, progress=False)
+    assert (source.parent / "at-home" / "config.json").is_file()
+
+
+def test_a_link_leads_to_another_folder(source, options, tmp_path):
+    """Everything is written where the link leads, and the link stays."""
+    for name in ("there", "not-yet"):
+        link, target = tmp_path / f"link-to-{name}", tmp_path / "elsewhere" / name
+        target.parent.mkdir(exist_ok=True)
+        if name == "there":
+            target.mkdir()
+        link.symlink_to(target)
+        convert(str(source), link, options, progress=False)
+        assert link.is_symlink() and (target / "config.json").is_file()
+
+
+def test_the_folder_one_is_in(source, options, tmp_path, monkeypatch):
+    monkeypatch.chdir(source)
+    with pytest.raises(ConversionError, match="is the source itself"):
+        convert(str(source), Path("."), options, progress=False)
+    (tmp_path / "inside").mkdir()
+    monkeypatch.chdir(tmp_path / "inside")
+    convert(str(source), Path("."), options, progress=False)
+    assert (tmp_path / "inside" / "config.json").is_file()
+
+
 def test_memory_is_bounded(tmp_path):
     """A stacked tensor of 200 MB in fp32 is converted where less than a third of that is free."""
     code = """
@@ -306,7 +391,7 @@ def test_a_full_disk_in_earnest(source, small_disk, monkeypatch):
 
     monkeypatch.setattr(os, "pwrite", pwrite)
     with pytest.raises(ConversionError, match=r"the disk of .* is full") as caught:
-        convert(str(source), output, options, progress=False, num_threads=1)
+        convert(str(source), output, options, progress=False, threads=1)
     assert "goes on where it stopped" in caught.value.hint
     monkeypatch.undo()
     assert len(Journal.load(partial).done) == 2
@@ -339,8 +424,8 @@ def hub(source):
         yield running
 
 
-def convert_from_hub(hub, output, cache, wait=True):
-    command = [sys.executable, "-m", "moe_runtime", "convert", "acme/tiny"]
+def convert_from_hub(hub, output, cache, *options, wait=True, status=0):
+    command = [sys.executable, "-m", "moe_runtime", "convert", "acme/tiny", *options]
     command += ["--to", "nvfp4", "--shard-size", "60kB", "--output", str(output)]
     process = subprocess.Popen(
         command, cwd=ROOT, env=client_environment(hub, cache), text=True,
@@ -349,8 +434,8 @@ def convert_from_hub(hub, output, cache, wait=True):
     if not wait:
         return process
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    return process
+    assert process.returncode == status, errors
+    return errors
 
 
 def wait_for_part(folder):
@@ -393,3 +478,21 @@ def test_dropped_connections_are_taken_up_again(source, hub, options, tmp_path):
             hub.drop_after[name] = [100_000, 150_000, 50_000]
     convert_from_hub(hub, tmp_path / "from-hub", tmp_path / "cache")
     assert weights(tmp_path / "from-hub") == weights(run(source, options))
+
+
+def test_a_revision_and_bytes_of_the_hub_are_what_they_say(hub, tmp_path):
+    """A shard whose hash is not the hub's is refused; a revision goes into report and card."""
+    output, cache = tmp_path / "from-hub", tmp_path / "cache"
+    errors = convert_from_hub(hub, output, cache, "--revision", "no-such", status=1)
+    assert "no-such" in errors and "Traceback" not in errors
+    shard = next(name for name in hub.repos["acme/tiny"] if name.endswith(".safetensors"))
+    hub.corrupt.add(shard)
+    errors = convert_from_hub(hub, output, cache, "--revision", COMMIT, status=1)
+    assert (
+        re.search(rf"error: .*{shard}.*(hash|sha256|bytes)", errors) and "Traceback" not in errors
+    )
+    assert not output.exists()
+    hub.corrupt.clear()
+    convert_from_hub(hub, output, cache, "--revision", COMMIT)
+    assert json.loads((output / "conversion_report.json").read_text())["meta"]["revision"] == COMMIT
+    assert f"acme/tiny at {COMMIT}" in (output / "README.md").read_text()

@@ -12,6 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_runtime import MoeModel, cli
+from moe_runtime.conversion.convert import convert
+from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.evaluation import evaluate, windows
 
 TEXT = Path(__file__).parents[1] / "vectors" / "books.val.head.txt"
@@ -99,6 +101,31 @@ def test_perplexity_is_that_of_the_model():
         found = evaluate(model, ids)
         assert found.perplexity == pytest.approx(model.perplexity(ids, window=64), rel=1e-5)
         assert 5 < found.perplexity < 60 and found.accuracy > 0.25
+
+
+def test_figures_go_into_the_report_of_a_conversion(capsys, tmp_path):
+    output, text = tmp_path / "plain", tmp_path / "text.txt"
+    text.write_text(TEXT.read_text()[:300])
+    convert("demo", output, ConversionOptions("bf16"), progress=False)
+    before = json.loads((output / "conversion_report.json").read_text())
+    options = ["--text", str(text), "--max-tokens", "40", "--device", "cpu", "--add-to-report"]
+    assert cli.run(["eval", str(output), "--against", "demo", *options]) == 0
+    saved = json.loads((output / "conversion_report.json").read_text())
+    found = saved["meta"].pop("evaluation")
+    assert found["tokens"] == 39 and 0 <= found["kl"] < 1e-9 and found["top1_agreement"] == 1
+    assert saved == before
+    page = (output / "conversion_report.html").read_text()
+    assert f"perplexity {found['perplexity']:.6g}" in page and "top1 agreement 1" in page
+    card = (output / "README.md").read_text()
+    assert cli.run(["eval", str(output), *options]) == 0
+    again = (output / "README.md").read_text()
+    start, _, section = card.partition("## Evaluation\n")
+    assert "- KL from it" in section and "- the same best token 100.00 %" in section
+    assert again.partition("## Evaluation\n")[0] == start and "| experts |" in start
+    assert again.count("- perplexity") == 1
+    capsys.readouterr()
+    assert cli.run(["eval", "demo", *options]) == 1
+    assert "demo: no conversion_report.json" in capsys.readouterr().err
 
 
 def test_the_verb(capsys, tmp_path):

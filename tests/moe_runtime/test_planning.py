@@ -15,6 +15,7 @@ from loaders.logical import logical_tensors
 from loaders.weights import load_weights
 from moe_runtime.bundled import BUNDLED
 from moe_runtime.cache import KVCache
+from moe_runtime.conversion.needs import disk_bytes, memory_bytes
 from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.planning import plan_conversion
 from moe_runtime.machines import GPUS, find_gpu
@@ -34,6 +35,8 @@ from tests.oracles.published_headers import (
     gpt_oss,
     qwen3_30b,
 )
+from tests.oracles.tiny_deepseek import Sizes, write_tiny_deepseek
+from tests.oracles.tiny_deepseek_v4 import write_tiny_deepseek_v4
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 
 H100 = find_gpu("h100")
@@ -180,6 +183,28 @@ def test_prediction_is_allocation(which, tiny):
     assert row.total_bytes == loaded + cache_bytes + row.workspace_bytes + RESERVE_BYTES
 
 
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
+def test_weights_of_deepseek_are_what_is_loaded(family, tmp_path):
+    """To the byte, by component, as the runtime's own plan; layers of MTP are in neither."""
+    if family == "deepseek_v4":
+        write_tiny_deepseek_v4(tmp_path)
+    else:
+        whole_blocks = Sizes(family=family, d=256, w=256)  # others are decoded, on a CPU alone
+        write_tiny_deepseek(tmp_path, whole_blocks, format="fp8")
+    with open_folder(tmp_path) as checkpoint:
+        report = plan_checkpoint(checkpoint, H100, context=1000)
+        opened = plan_model(checkpoint)
+        config = opened.config
+        weights = load_weights(
+            checkpoint, opened.table, config.dims, config.num_layers, device="cpu"
+        )
+    plan = MemoryPlan(config, weights_by_component(opened.plan.nbytes), 1000)
+    assert report.what_if[0].weight_bytes == sum(weight.nbytes for weight in weights.values())
+    assert report.read_by_component == {k: v for k, v in plan.decode_bytes(1000).items() if v}
+    row = next(row for row in report.contexts if row.context == 1000)
+    assert (row.cache_bytes, row.total_bytes) == (plan.cache_bytes, plan.total_bytes)
+
+
 def storage_bytes(root) -> int:
     """Bytes of all tensors that can be reached from an object, shared memory counted once."""
     seen, sizes, todo = set(), {}, [root]
@@ -226,8 +251,22 @@ def test_conversion_rows_are_what_convert_plans(target):
     row = next(row for row in report.conversions if row.target == target)
     assert row.output_bytes == planned.tensor_bytes
     assert row.converted == sum(output.converts for _, output in planned.outputs)
-    assert row.disk_bytes == row.output_bytes + report.total_bytes  # the source is one shard
+    outputs = [output for _, output in planned.outputs]
+    held = report.total_bytes  # the source is one shard
+    assert row.disk_bytes == disk_bytes(row.output_bytes, held)
+    assert 0 < disk_bytes(planned.output_bytes, held) - row.disk_bytes < 1000 * len(outputs)
+    assert row.memory_bytes == memory_bytes(outputs)
     assert row.problem is None
+
+
+def test_another_form_is_work_for_plan_as_for_convert():
+    """DeepSeek's FP8 blocks as compressed-tensors: the names of the scales change, no number."""
+    with open_files(qwen3_30b(layers=2, fp8=True)) as checkpoint:
+        report = plan_checkpoint(checkpoint, H100)
+        planned = plan_conversion(checkpoint, ConversionOptions("fp8-block"))
+    row = next(row for row in report.conversions if row.target == "fp8-block")
+    assert (row.converted, row.problem) == (0, None)
+    assert row.output_bytes == planned.tensor_bytes
 
 
 def test_conversions_that_are_of_no_use_say_why():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 from moe_runtime.conversion.figures import bars, dots, histogram
 from moe_runtime.conversion.report import TensorRecord, summarize, write_report
+from moe_runtime.conversion.report_html import _by_layer
 from quant.codecs import encode
 from quant.formats import MXFP4
 from quant.quality import measure, merge
@@ -106,6 +108,33 @@ def test_the_page_stands_alone_and_says_the_same(tmp_path, records):
     low, high = min(exponents), max(exponents)
     for number in range(low, high + 1):
         assert f"{number}: {exponents.get(number, 0)} blocks" in words
+
+
+def test_every_layer_of_a_large_model_is_in_the_figure():
+    """45,000 tensors are too many dots; the first 2,000 would be those of the first layers."""
+    layers, experts = 40, 300
+    tensors = [
+        {
+            "name": f"model.layers.{layer}.mlp.experts.{expert}.up_proj.weight",
+            "quality": {"sqnr_db": 10.0 + (expert * 7) % experts},
+        }
+        for layer in range(layers)
+        for expert in range(experts)
+    ]
+    points = _by_layer(tensors)
+    assert 2000 <= len(points) <= 2000 + layers
+    for layer in range(layers):
+        found = [decibels for number, decibels, _ in points if number == layer]
+        assert len(found) >= 49 and min(found) == 10.0, layer
+
+
+def test_scales_are_drawn_by_component(tmp_path, records):
+    other = replace(records[0], name="model.layers.0.self_attn.q_proj.weight", component="<att>")
+    write_report(tmp_path, [*records, other], META)
+    text = (tmp_path / "conversion_report.html").read_text()
+    Page(text)
+    for component in ("experts", "&lt;att&gt;"):
+        assert text.count(f"Histogram of block scales: {component}") == 1
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path, records):

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loaders.checkpoint import open_folder
-from loaders.errors import UnsupportedModelError
 from loaders.logical import logical_tensors
 from moe_runtime import cli
 from moe_runtime.conversion.convert import convert
@@ -69,6 +68,8 @@ def at(place, value):
 def test_what_convert_writes_is_sound(converted, source, to):
     found = verify(converted(to, dense="fp8-block"), source)
     assert messages(found) == [] and found.sound and found.compared
+    read = found.nbytes + sum(weight.nbytes for weight in tiny_tensors().values())
+    assert read <= found.bytes_read < read * 1.01  # tensor scales are read for each piece
     tensors = tiny_tensors()
     assert {tensor.name for tensor in found.tensors} == tensors.keys()
     for tensor in found.tensors:
@@ -144,6 +145,19 @@ def test_damaged_scales_and_codes(converted, to, part, change, expected):
     assert not found.sound
     assert any(re.search(expected, text) for text in messages(found)), found.findings
     assert all(EXPERT in text for text in messages(found))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (64, 1)], ids=str)
+def test_equal_scales_are_suspect_but_one_for_all_is_not(tmp_path, shape):
+    """ModelOpt's FP8 has one scale a tensor, which each row is read with."""
+    tensors = tiny_tensors()
+    for name in [name for name in tensors if "up_proj" in name and ".experts." in name]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[name + "_scale"] = torch.full(shape, 0.5)
+    write_tiny_moe(tmp_path, tensors, settings=SETTINGS)
+    warned = [text for text in messages(verify(tmp_path), errors=False) if "scales" in text]
+    assert len(warned) == (8 if shape == (64, 1) else 0)
+    assert all("all 64 scales are the same" in text for text in warned)
 
 
 def test_numbers_that_are_not_finite(tmp_path):
@@ -224,10 +238,13 @@ def test_gpt_oss_in_both_layouts(tmp_path):
     for layout in ("huggingface", "original"):
         write_tiny_gpt_oss(tmp_path / layout, layout=layout)
         assert messages(verify(tmp_path / layout)) == []
-    with pytest.raises(UnsupportedModelError, match="names do not match"):
-        verify(tmp_path / "huggingface", tmp_path / "original")
-    same = verify(tmp_path / "huggingface", tmp_path / "huggingface")
-    assert same.sound and all(tensor.equal for tensor in same.tensors)
+    for source in ("original", "huggingface"):
+        same = verify(tmp_path / "huggingface", tmp_path / source)
+        assert same.sound and all(tensor.equal for tensor in same.tensors), source
+    other = verify(tmp_path / "original", tmp_path / "huggingface")
+    assert other.sound and {t.name: t.component for t in other.tensors} == {
+        t.name: t.component for t in same.tensors
+    }
     name = "model.layers.2.mlp.experts.gate_up_proj_scales"
     edit(tmp_path / "huggingface", name, at((1, 5, 0), 255))
     (message,) = messages(verify(tmp_path / "huggingface"))
@@ -246,7 +263,7 @@ def test_the_verb(converted, source, capsys):
     assert cli.run(["verify", str(output)]) == 1
     shown = capsys.readouterr().out
     assert "  error: numbers: lm_head.weight found nan at [7, 5]" in shown
-    assert "not sound: 1 errors" in shown
+    assert "not sound: 1 error;" in shown
     assert cli.run(["verify", str(output / "nothing")]) == 1
     assert "no such folder" in capsys.readouterr().out
     assert cli.run(["verify", str(output), "--against", str(output / "nothing")]) == 1

@@ -49,8 +49,8 @@ class HeaderFiles:
         return self.shards[name]
 
 
-def gpt_oss(*, layers: int, experts: int) -> HeaderFiles:
-    """openai/gpt-oss-20b has 24 layers and 32 experts, -120b 36 and 128."""
+def gpt_oss(*, layers: int, experts: int, bf16: bool = False) -> HeaderFiles:
+    """openai/gpt-oss-20b has 24 layers and 32 experts, -120b 36 and 128; or with bf16 experts."""
     d, vocab = 2880, 201088
     tensors: Tensors = {
         "model.embed_tokens.weight": ("BF16", (vocab, d)),
@@ -69,8 +69,11 @@ def gpt_oss(*, layers: int, experts: int) -> HeaderFiles:
         tensors[p + "mlp.router.bias"] = ("BF16", (experts,))
         for name, rows in (("gate_up_proj", 2 * d), ("down_proj", d)):
             e = f"{p}mlp.experts.{name}"
-            tensors[e + "_blocks"] = ("U8", (experts, rows, d // 32, 16))
-            tensors[e + "_scales"] = ("U8", (experts, rows, d // 32))
+            if bf16:
+                tensors[e] = ("BF16", (experts, d, rows))
+            else:
+                tensors[e + "_blocks"] = ("U8", (experts, rows, d // 32, 16))
+                tensors[e + "_scales"] = ("U8", (experts, rows, d // 32))
             tensors[e + "_bias"] = ("BF16", (experts, rows))
     config = hf_config(layers=layers, d=d, f=d, heads=64, kv=8, hd=64, experts=experts, topk=4,
                        window=128, vocab=vocab)  # fmt: skip

@@ -61,6 +61,23 @@ def test_fp8_blocks_equal_torchao():
     assert equal_bytes(ours.values, codes)
 
 
+def test_fp8_blocks_equal_compressed_tensors():
+    library = pytest.importorskip("compressed_tensors.quantization", reason=CT)
+    from compressed_tensors.quantization.lifecycle.forward import quantize  # as above
+    from compressed_tensors.quantization.utils import calculate_qparams  # as above
+
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(1))
+    wanted = library.QuantizationArgs(
+        type="float", symmetric=True, num_bits=8, strategy="block", block_structure=[128, 128]
+    )
+    tiles = weight.unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
+    scales, zero = calculate_qparams(tiles.amin((1, 3)), tiles.amax((1, 3)), wanted)
+    codes = quantize(weight, scales, zero, wanted)
+    ours = fp8.encode_block128(weight)
+    assert torch.equal(ours.scales, scales)
+    assert torch.equal(ours.values.float(), codes.float())
+
+
 @pytest.mark.parametrize("name", ["mxfp4", "nvfp4", "fp8_row"])
 def test_equals_compressed_tensors(name):
     library = pytest.importorskip("compressed_tensors.quantization", reason=CT)

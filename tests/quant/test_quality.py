@@ -72,6 +72,17 @@ def test_scale_exponents():
         scale_values(codecs.encode(weight, BF16))
 
 
+@pytest.mark.parametrize("size", [2.0**-100, 2.0**-73, 2.0**73, 2.0**123])
+@pytest.mark.parametrize("name", ["fp8_row", "mxfp8"])
+def test_squares_that_leave_fp32(name, size):
+    """Finite weights have finite figures, and what is not exact does not pass for it."""
+    weight = random_weight(8, 64) * size
+    found = measure(weight, codecs.encode(weight, FORMATS[name]))
+    expected = measure(weight / size, codecs.encode(weight / size, FORMATS[name]))
+    assert found.signal == pytest.approx(float(weight.double().square().sum()), rel=1e-6)
+    assert not found.exact and found.sqnr_db == pytest.approx(expected.sqnr_db, rel=1e-6)
+
+
 def test_bad_scales_are_counted():
     values = torch.full((2, 32), 0x11, dtype=torch.uint8)
     scales = torch.tensor([[127, 255], [127, 126]], dtype=torch.uint8)
