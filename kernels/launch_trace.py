@@ -58,9 +58,8 @@ def trace_launches(again: Sequence[TracedLaunch] = ()) -> Iterator[list[TracedLa
     found: list[TracedLaunch] = []
 
     def traced(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
-        if _TRACE in kernel.arg_names:
-            place = kernel.arg_names.index(_TRACE)
-            assert len(args) > place and args[place] is None, kernel.fn.__name__
+        place = kernel.arg_names.index(_TRACE) if _TRACE in kernel.arg_names else len(args)
+        if place < len(args) and args[place] is None:
             tensors = [value for value in args if isinstance(value, Tensor)]
             names = _parts_of.get(kernel.fn.__name__, lambda **_: ())(**kwargs)
             shape = (math.prod(grid), max(1, len(names)), 3)

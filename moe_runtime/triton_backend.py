@@ -78,7 +78,17 @@ class TritonBackend:
                 self._step.replay(filtered=filtered)
                 reader.record(launched)
                 launched += 1
-            yield reader.read()
+            yield self._read(reader)
+
+    def _read(self, reader: _TokenReader) -> SampledToken:
+        try:
+            return reader.read()
+        except RuntimeError as error:  # torch's for errors of the GPU
+            where = self._step.where_it_stands()
+            if where is None:
+                raise
+            message = str(error).strip().splitlines()[0]
+            raise RuntimeError(f"the decode step failed on the GPU ({message}): {where}") from error
 
     def logits(self, token_ids: Sequence[int]) -> Tensor:
         """See Backend.logits."""

@@ -118,18 +118,26 @@ def launch(
     sizes: StepSizes,
     tensors: tuple[Tensor, ...],
     descs: tuple[TensorDescriptor, ...],
+    stamps: Tensor | None = None,
 ) -> None:
     """One step: logits of the token at its position; reads every active weight once.
 
     tensors, descs:  of arguments() and descriptors()
+    stamps:          of phase_stamps(), written: a build of its own, somewhat slower
     """
-    step_kernel[(sizes.programs,)](*tensors, *descs, None, **_options(sizes))
+    step_kernel[(sizes.programs,)](*tensors, *descs, stamps, **_options(sizes))
 
 
 @traced_parts(step_kernel)
 def phases(S: StepSizes, **_: Any) -> tuple[str, ...]:
     """What each row of the kernel's trace is for."""
     return PHASES * S.layers + ("head",)
+
+
+def phase_stamps(sizes: StepSizes) -> Tensor:
+    """[programs, phases, 3] int64 in the host's memory, which outlives a launch that fails."""
+    shape = (sizes.programs, len(phases(sizes)), 3)
+    return torch.zeros(shape, dtype=torch.int64, pin_memory=True)
 
 
 def compile_step(sizes: StepSizes, device: torch.device) -> None:

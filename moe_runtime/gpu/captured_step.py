@@ -49,6 +49,10 @@ class CapturedStep:
         """Launch the kernels of one token."""
         raise NotImplementedError
 
+    def where_it_stands(self) -> str | None:
+        """After an error of the GPU: where in the step it was, if that is watched."""
+        return None
+
     def sample_residual(self, *, filtered: bool) -> None:
         """Logits of the residual, then one draw; moves the request one step on."""
         raise NotImplementedError

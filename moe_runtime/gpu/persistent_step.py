@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -15,9 +17,12 @@ from kernels.persistent.launch import (
     descriptors,
     launch,
     pack_router,
+    phase_stamps,
+    phases,
 )
 from kernels.persistent.pack import TiledExperts, pack_dense
 from kernels.persistent.sizes import cdiv
+from kernels.persistent.watch import where_programs_stand
 from kernels.sampling import sample
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
@@ -89,6 +94,9 @@ def _whole_memory(layers: list[LayerWeights]) -> Tensor:
     return begin.as_strided((len(layers) * size,), (1,))
 
 
+WATCH = "MOE_RUNTIME_WATCH_STEP"
+
+
 class Draw(CapturedStep):
     """The end of a step: logits of a residual, and the draw."""
 
@@ -107,7 +115,11 @@ class Draw(CapturedStep):
 
 
 class PersistentStep(Draw):
-    """One launch from the token to its logits, and the draw; captured as CUDA graphs."""
+    """One launch from the token to its logits, and the draw; captured as CUDA graphs.
+
+    With MOE_RUNTIME_WATCH_STEP=1 in the environment programs write when they are in which phase, so
+    that an error of the GPU can say where it happened.
+    """
 
     def __init__(
         self,
@@ -133,10 +145,18 @@ class PersistentStep(Draw):
             self.logits,
         )
         self._descriptors = descriptors(packed)
+        watched = os.environ.get(WATCH) == "1"
+        self._stamps = phase_stamps(self.sizes) if watched else None
+
+    def where_it_stands(self) -> str | None:
+        """See CapturedStep."""
+        if self._stamps is None:
+            return f"run again with {WATCH}=1 to see in which phase"
+        return where_programs_stand(self._stamps, phases(self.sizes))
 
     def step(self, *, filtered: bool) -> None:
         """Launch the kernels of one token."""
-        launch(self.sizes, self._tensors, self._descriptors)
+        launch(self.sizes, self._tensors, self._descriptors, self._stamps)
         sample(self.logits, self.state, filtered=filtered)
 
 

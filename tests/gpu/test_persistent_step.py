@@ -1,5 +1,8 @@
 """The persistent step on a Hopper GPU at the published widths, two layers, against its twins."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -88,3 +91,28 @@ def test_the_traced_build_is_the_same_and_has_every_phase(step):
     assert did.any(0).all() and did[:, -1].all()
     begun, ready, ended = stamps[did].unbind(1)
     assert (begun <= ready).all() and (ready <= ended).all()
+
+
+_HANG = """
+import torch
+from tests.gpu.test_persistent_step import Step, sizes
+from tests.oracles.step_model import step_model
+from kernels.persistent.launch import launch, phase_stamps, phases
+from kernels.persistent.watch import where_programs_stand
+step = Step(step_model(sizes(32), fp8=True, device="cuda", context=512))
+step.at(5)
+step.model.buffers.sums[step.model.buffers.sums.numel() // 2 + 70] += 1  # one contribution too many
+stamps = phase_stamps(step.model.sizes)
+try:
+    launch(step.model.sizes, step._tensors, step._descriptors, stamps)
+    torch.cuda.synchronize()
+except RuntimeError:
+    print(where_programs_stand(stamps, phases(step.model.sizes)))
+"""
+
+
+def test_a_hang_ends_and_the_phase_is_named():
+    done = subprocess.run(
+        [sys.executable, "-c", _HANG], capture_output=True, text=True, timeout=300
+    )
+    assert "wait for what qkv of layer 0 reads" in done.stdout, done.stderr[-2000:]

@@ -9,6 +9,7 @@ import torch
 
 from kernels.persistent.launch import arguments, padded_experts
 from kernels.persistent.sizes import PHASES
+from kernels.persistent.watch import where_programs_stand
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import TINY, expected_logits, step_model
@@ -110,13 +111,13 @@ def kernel():
     return module.step_kernel
 
 
-def run(kernel, model, position, trace=None):
+def run(kernel, model, position, trace=None, cache=None):
     s, w = model.sizes, model.weights
     logits = torch.full((s.vocabulary,), float("nan"))
+    cache = model.cache.clone() if cache is None else cache
     tensors = arguments(
         w, model.buffers, torch.tensor([17], dtype=torch.int32),
-        torch.tensor([position], dtype=torch.int32), model.rope, model.cache.clone(), model.table,
-        logits,
+        torch.tensor([position], dtype=torch.int32), model.rope, cache, model.table, logits,
     )  # fmt: skip
     descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (128, 32)]
     descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
@@ -132,6 +133,26 @@ def test_the_step_is_its_twins(kernel, fp8):
     for position in (5, 0, 300):
         actual = run(kernel, model, position)
         assert_close(actual, expected_logits(model, position), "decode_step")
+
+
+def test_tokens_one_after_the_other(kernel):
+    """Rows that a step writes are what later steps read."""
+    model, twin, lost = (step_model(fp8=True) for _ in range(3))
+    for position in (5, 6, 7):
+        expected = expected_logits(twin, position, keep=True)
+        assert_close(run(kernel, model, position, cache=model.cache), expected, "decode_step")
+        forgotten = run(kernel, lost, position)  # into a copy of the cache
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_close(forgotten, expected, "decode_step")
+
+
+@pytest.mark.parametrize("scale", ["qkv_scale", "moe_norms", "head_scale"])
+def test_planted_errors_of_one_percent_are_caught(kernel, scale):
+    model = step_model(fp8=True)
+    expected = expected_logits(model, 300)
+    getattr(model.weights, scale).mul_(1.01)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_close(run(kernel, model, 300), expected, "decode_step")
 
 
 def test_the_trace_has_the_times_of_every_phase(kernel):
@@ -167,3 +188,25 @@ def test_a_late_program_stops_nobody(kernel, program, monkeypatch):
     monkeypatch.setitem(late, "program", program)
     model = step_model(replace(TINY, heads=12), fp8=True)
     assert_close(run(kernel, model, 5), expected_logits(model, 5), "decode_step")
+
+
+def test_a_hang_is_an_error_that_names_the_phase(kernel, monkeypatch):
+    """A program keeps its contributions to itself from the middle of a layer on."""
+    model = step_model(fp8=True)
+    s = model.sizes
+    names = PHASES * s.layers + ("head",)
+    trace = torch.zeros(s.programs, len(names), 3, dtype=torch.int64)
+    at = names.index("experts down")
+    real = gluon_on_cpu.Emulated.atomic_add
+
+    def skipped(gl, *args, **kwargs):
+        if gluon_on_cpu._place.program != 2 or trace[2, at, 1] == 0:
+            real(gl, *args, **kwargs)
+
+    monkeypatch.setattr(gluon_on_cpu, "DEADLINE_S", 5.0)
+    monkeypatch.setattr(gluon_on_cpu.Emulated, "atomic_add", skipped)
+    with pytest.raises(gluon_on_cpu.Failed):
+        run(kernel, model, 5, trace)
+    said = where_programs_stand(trace, names)
+    assert "wait for what qkv of layer 1 reads" in said and said.startswith("of 9 programs ")
+    assert where_programs_stand(torch.zeros_like(trace), names).endswith("9 have not begun")

@@ -130,8 +130,13 @@ def plain(weight) -> Tensor:
     return decode(weight).float() if isinstance(weight, QuantTensor) else weight.float()
 
 
-def expected_logits(model: StepModel, position: int, token: int = 17) -> Tensor:
-    """By plain torch in fp32, but for what the cache holds in bf16."""
+def expected_logits(
+    model: StepModel, position: int, token: int = 17, *, keep: bool = False
+) -> Tensor:
+    """By plain torch in fp32, but for what the cache holds in bf16.
+
+    keep: write the token's rows into the model's cache
+    """
     s = model.sizes
     x = model.embedding[token].float()
     for i, w in enumerate(model.layers):
@@ -140,9 +145,11 @@ def expected_logits(model: StepModel, position: int, token: int = 17) -> Tensor:
         at = int(model.table[i, 0]) * 64
         n = s.kv_heads * model.slots[i] * s.head_width
         k, v = (
-            model.cache[at + j * n : at + (j + 1) * n].view(s.kv_heads, -1, s.head_width).clone()
+            model.cache[at + j * n : at + (j + 1) * n].view(s.kv_heads, -1, s.head_width)
             for j in (0, 1)
         )
+        if not keep:
+            k, v = k.clone(), v.clone()
         x = (
             x
             + plain(w["out"]) @ _attend(s, qkv, model.rope, k, v, w["sinks"], position, i % 2 == 0)
