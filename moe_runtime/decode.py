@@ -258,6 +258,4 @@ class DecodeStep(CapturedStep):
             packed=packed,
         )
         moe_gate_up(packed, w.gate_up, w.gate_up_bias, self.expert_ids, hidden, self.activation)
-        moe_down(
-            hidden, w.down, w.down_bias, self.expert_ids, self.expert_weights, self.residual
-        )
+        moe_down(hidden, w.down, w.down_bias, self.expert_ids, self.expert_weights, self.residual)

@@ -248,7 +248,8 @@ def _active_parameters(config: DecoderConfig, components: tuple[Component, ...])
 
 def _cache_bytes_per_token(plan: MemoryPlan) -> int:
     """Growth of the cache with each token once all windows are full."""
-    growing = (part for part in plan.config.cache_parts if part.window is None)
+    parts = plan.config.cache_parts
+    growing = (part for part in parts if part.window is None and part.state_rows is None)
     return round(sum(part.row_bytes / part.tokens_per_row for part in growing))
 
 

@@ -125,9 +125,7 @@ def scale_rule_errors(model: DemoModel) -> dict[str, float]:
     weights = [w.detach() for layer in model.blocks for w in (layer.gate_up, layer.down)]
     power = sum(w.square().sum().item() for w in weights)
     return {
-        rule: sum(
-            (mxfp4.decode(mxfp4.encode(w, rule)) - w).square().sum().item() for w in weights
-        )
+        rule: sum((mxfp4.decode(mxfp4.encode(w, rule)) - w).square().sum().item() for w in weights)
         / power
         for rule in SCALE_RULES
     }

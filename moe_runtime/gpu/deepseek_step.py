@@ -194,7 +194,7 @@ class DeepseekStep(CapturedStep):
                 w.router,
                 w.router_bias,
                 eps=c.norm_eps,
-                sigmoid=c.family != "deepseek_v2",
+                scores="softmax" if c.family == "deepseek_v2" else "sigmoid",
                 num_groups=c.num_expert_groups,
                 num_limited=c.num_limited_groups,
                 normalized=c.normalized,
