@@ -30,8 +30,17 @@ def hyper_step(
         hyper_write(streams[None], result[None], mix[None])
     result.zero_()
     z = streams.flatten() @ function.float().T
-    constants = {"iterations": iterations, "eps": eps, "norm_eps": norm_eps}
-    return out.copy_(hyper_read(streams[None], z[None], base, scale, mix[None], **constants)[0])
+    read = hyper_read(
+        streams[None],
+        z[None],
+        base,
+        scale,
+        mix[None],
+        iterations=iterations,
+        eps=eps,
+        norm_eps=norm_eps,
+    )
+    return out.copy_(read[0])
 
 
 def hyper_write(streams: Tensor, result: Tensor, mix: Tensor) -> Tensor:
