@@ -18,6 +18,7 @@ _NUM_WARPS = 4
 # Of all rows of a program, asked for before the wait: 64 registers of a thread.
 _BYTES_IN_FLIGHT = 32768
 _MOST_ROWS = 8
+_LONG = 7168  # columns, beyond which more than two rows spill: x takes registers too
 
 
 # A program computes BLOCK_N rows over all columns; grid: N / BLOCK_N.
@@ -141,4 +142,4 @@ def rows_of_program(columns: int) -> int:
     rows = _MOST_ROWS
     while rows > 1 and rows * columns > _BYTES_IN_FLIGHT:
         rows //= 2
-    return rows
+    return min(rows, 2) if columns > _LONG else rows

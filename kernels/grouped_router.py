@@ -133,7 +133,8 @@ def _grouped_router_kernel(
     if program == 0:
         store_packed(x * factor, packed_ptr, unscale_ptr, D, BLOCK_D, DIGITS)
     elif program < PACKS:
-        store_packed(x * factor, also_ptr, also_unscale_ptr, D, BLOCK_D, not DIGITS)
+        if also_ptr is not None:
+            store_packed(x * factor, also_ptr, also_unscale_ptr, D, BLOCK_D, not DIGITS)
     else:
         logit = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * factor
         # NaN (weights that overflow) must not lead to an expert that does not exist.

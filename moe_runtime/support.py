@@ -58,6 +58,7 @@ SUPPORTED = (
     Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
+    Support("deepseek_v4", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),

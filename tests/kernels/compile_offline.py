@@ -157,6 +157,8 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
 def run_moe_routing(s: Sizes) -> None:
     for experts in (s.E, 4 * s.E):
         moe_routing.route_tokens(fp32(300, experts), s.K, 64)
+    if s is GPT_OSS_20B:  # the most experts that are published, as V4-Pro takes them
+        moe_routing.route_tokens(fp32(300, 384), 6, 64)
 
 
 def run_gemv(s: Sizes) -> None:
@@ -321,7 +323,9 @@ def run_v4_flash(s: Sizes) -> None:
     if s is not GPT_OSS_20B:
         return
     s = V4_FLASH
-    for rows, columns, groups in ((1536, s.D, 1), (s.H * s.C + 8192, 1024, 1), (8192, s.D, 8)):
+    for rows, columns, groups in (
+        (1536, s.D, 1), (s.H * s.C + 8192, 1024, 1), (8192, s.D, 8), (s.D, 8192, 1)
+    ):  # fmt: skip
         weight = experts_in(FP8_BLOCK128_E8M0, 1, rows, columns)[0]
         gemv.gemv(fp32(groups * columns), weight, fp32(rows), groups=groups)
     gemv.gemv(fp32(s.D), empty(2624, s.D), fp32(2624), norm=empty(s.D), eps=1e-6)
