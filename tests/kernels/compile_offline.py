@@ -158,7 +158,7 @@ def run_moe_routing(s: Sizes) -> None:
     for experts in (s.E, 4 * s.E):
         moe_routing.route_tokens(fp32(300, experts), s.K, 64)
     if s is GPT_OSS_20B:  # the most experts that are published, as V4-Pro takes them
-        moe_routing.route_tokens(fp32(300, 384), 6, 64)
+        moe_routing.route_chosen(int32(300, 6), fp32(300, 6), 384, 64)
 
 
 def run_gemv(s: Sizes) -> None:
