@@ -47,6 +47,7 @@ class Support:
 
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
+FP8_CAPABILITY = (8, 9)  # for dense weights in FP8: Triton has E4M3 from Ada on
 
 _UNPROVEN = (
     "these kernels agree with the reference in Triton's interpreter and have not run on a GPU yet; "
