@@ -4,8 +4,11 @@ See triton_pairs.py for what is not as published. Sequences pass the window many
 compressed rows, and leave the indexer more of them than it may choose.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from kernels.reference import hyper_connections as hyper_twin
 from loaders.checkpoint import open_folder
@@ -21,6 +24,8 @@ from moe_runtime.roofline import COMPONENTS
 from moe_runtime.sampling import SamplingParams
 from quant.formats import FP8_BLOCK128_E8M0, MXFP4
 from tests.moe_runtime.triton_pairs import CPU, flat, form, load, make_pair
+from tests.oracles.tiny_deepseek import Sizes as DeepseekSizes
+from tests.oracles.tiny_deepseek import write_tiny_deepseek
 from tests.oracles.tiny_deepseek_v4 import sizes_with, write_tiny_deepseek_v4
 from tests.tolerances import assert_close
 
@@ -204,3 +209,18 @@ def test_launches_have_one_component_each(pair):
     for tensors in together:
         assert len({names[t.data_ptr()] for t in tensors}) == 1
     assert cache.rows[triton._step.cache.slots :].data_ptr() not in names
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "deepseek_v32", "deepseek_v2"])
+def test_nothing_waits_for_the_device(tmp_path, monkeypatch, family):
+    """Steps and prompts on tensors without data: a look at a value from the host would raise."""
+    launched = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *a, **k: launched.append(self.fn))
+    if family == "deepseek_v4":
+        write_tiny_deepseek_v4(tmp_path, LINED_UP)
+    else:
+        write_tiny_deepseek(tmp_path, replace(DeepseekSizes(), family=family, heads=16), format="bf16")
+    opened = plan_model(open_folder(tmp_path))
+    run = GPU_FAMILIES[family]
+    run.compile(opened.config, 64, torch.device("meta"), run.formats(opened.plan), None)
+    assert len(set(launched)) > 15
