@@ -219,7 +219,9 @@ def test_nothing_waits_for_the_device(tmp_path, monkeypatch, family):
     if family == "deepseek_v4":
         write_tiny_deepseek_v4(tmp_path, LINED_UP)
     else:
-        write_tiny_deepseek(tmp_path, replace(DeepseekSizes(), family=family, heads=16), format="bf16")
+        write_tiny_deepseek(
+            tmp_path, replace(DeepseekSizes(), family=family, heads=16), format="bf16"
+        )
     opened = plan_model(open_folder(tmp_path))
     run = GPU_FAMILIES[family]
     run.compile(opened.config, 64, torch.device("meta"), run.formats(opened.plan), None)
