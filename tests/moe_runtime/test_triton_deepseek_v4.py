@@ -13,7 +13,7 @@ from triton.runtime.interpreter import GridExecutor
 from kernels.reference import hyper_connections as hyper_twin
 from loaders.checkpoint import open_folder
 from loaders.errors import CheckpointError
-from moe_runtime.gpu import deepseek_v4, deepseek_v4_prefill
+from moe_runtime.gpu import compressed_cache, deepseek_v4, deepseek_v4_prefill
 from moe_runtime.gpu.compressed_cache import CompressedCache
 from moe_runtime.gpu.deepseek_v4_weights import V4Weights
 from moe_runtime.gpu.families import GPU_FAMILIES
@@ -47,13 +47,18 @@ LINED_UP = sizes_with(
 )  # fmt: skip
 IDS = torch.randint(0, 40, (17,), generator=torch.Generator().manual_seed(0)).tolist()
 PROMPT = 14  # ends within a window of 4
+CHUNK = 7
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
+    """With chunks of CHUNK tokens, so that the ring of recent rows wraps too."""
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_deepseek_v4(folder, INDEXED, shards=1)
-    return make_pair(folder)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (deepseek_v4, compressed_cache):
+            patch.setattr(module, "PREFILL_CHUNK", CHUNK)
+        return make_pair(folder)
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +67,10 @@ def expected(pair):
 
 
 def test_prefill(pair, expected):
-    """In pieces that end within windows and with one."""
+    """In chunks that end within windows; the ring holds one of them and the window."""
     _, triton = pair
-    triton._prefill.chunk, whole = 7, triton._prefill.chunk
-    try:
-        ours = triton.logits(IDS)
-    finally:
-        triton._prefill.chunk = whole
+    assert triton._prefill.chunk == CHUNK and triton._step.cache.slots == CHUNK + 5 < len(IDS)
+    ours = triton.logits(IDS)
     assert_close(ours, expected, "model_fp32")
     with pytest.raises(AssertionError, match="relative RMS"):
         assert_close(ours * 1.01, expected, "model_fp32")
@@ -96,7 +98,7 @@ def cached(triton, length):
     """Copies of what both layers keep of a sequence: the second one has compressors."""
     step, found = triton._step, []
     for layer in step.cache.layers:
-        found.append(layer.rows[:length])
+        found.append(layer.rows[: step.cache.slots])
         if layer.state is not None:
             found += [layer.rows[step.cache.slots :][: length // 4], layer.state]
             found += [layer.index_keys[: length // 4], layer.index_state]
