@@ -22,7 +22,13 @@ from moe_runtime.roofline import COMPONENTS
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.support import SUPPORTED
 from quant.formats import BF16, FP8_BLOCK128
-from tests.moe_runtime.triton_pairs import flat, form, load, make_pair
+from tests.moe_runtime.triton_pairs import (
+    check_components_of_launches,
+    flat,
+    form,
+    load,
+    make_pair,
+)
 from tests.oracles.tiny_deepseek import V2_LITE, Sizes, write_tiny_deepseek
 from tests.tolerances import assert_close
 
@@ -171,3 +177,7 @@ def test_a_step_is_divided_into_the_bytes_of_its_plan(pair):
     named = set(parts.components(triton.step).values())
     assert named | {"embedding", "norms"} >= {name for name, size in read.items() if size}
     assert named <= set(COMPONENTS)
+
+
+def test_each_launch_has_one_component(pair, monkeypatch):
+    check_components_of_launches(pair[1].step, monkeypatch)

@@ -23,7 +23,14 @@ from moe_runtime.reference_backend import sampling_settings
 from moe_runtime.roofline import COMPONENTS
 from moe_runtime.sampling import SamplingParams
 from quant.formats import FP8_BLOCK128_E8M0, MXFP4
-from tests.moe_runtime.triton_pairs import CPU, flat, form, load, make_pair
+from tests.moe_runtime.triton_pairs import (
+    CPU,
+    check_components_of_launches,
+    flat,
+    form,
+    load,
+    make_pair,
+)
 from tests.oracles.tiny_deepseek import Sizes as DeepseekSizes
 from tests.oracles.tiny_deepseek import write_tiny_deepseek
 from tests.oracles.tiny_deepseek_v4 import sizes_with, write_tiny_deepseek_v4
@@ -197,20 +204,8 @@ def test_a_step_is_divided_into_the_bytes_of_its_plan(pair):
     assert named <= set(COMPONENTS)
 
 
-def test_launches_have_one_component_each(pair):
-    """No launch reads tensors of two components: `named` would take either."""
-    _, triton = pair
-    names = GPU_FAMILIES["deepseek_v4"].parts.components(triton.step)
-    layer = triton._step.weights.layers[1]
-    cache = triton._step.cache.layers[1]
-    together = [
-        (layer.attention.row_norm, cache.rows),
-        (layer.attention.indexer.position_bias, cache.index_keys),
-        (cache.index_keys, triton._step.index_scores),
-    ]
-    for tensors in together:
-        assert len({names[t.data_ptr()] for t in tensors}) == 1
-    assert cache.rows[triton._step.cache.slots :].data_ptr() not in names
+def test_each_launch_has_one_component(pair, monkeypatch):
+    check_components_of_launches(pair[1].step, monkeypatch)
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "deepseek_v32", "deepseek_v2"])

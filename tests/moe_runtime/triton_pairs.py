@@ -6,9 +6,11 @@ in FP8. FP4 stays.
 """
 
 import torch
+from triton.runtime.interpreter import GridExecutor
 
 from loaders.checkpoint import open_folder
 from loaders.weights import load_weights
+from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.models.reference_model import decoded
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
@@ -64,3 +66,20 @@ def form(weight):
     if isinstance(weight, QuantTensor):
         return weight.format, weight.shape, weight.scales.dtype, weight.scales.shape[1:]
     return None if weight is None else (weight.dtype, weight.shape)
+
+
+def check_components_of_launches(step, monkeypatch):
+    """Of tensors that are known, a launch reads those of one component: `named` may take any."""
+    names = GPU_FAMILIES[step.config.family].parts.components(step)
+    found = []
+
+    def catch(self, *arguments, **options):
+        if "trace_ptr" in self.arg_names:
+            tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+            known = {names[t.data_ptr()] for t in tensors if t.data_ptr() in names}
+            found.append((self.fn.__name__, *known))
+
+    monkeypatch.setattr(GridExecutor, "__call__", catch)
+    step.step(filtered=False)
+    assert all(len(launch) == 2 for launch in found), found
+    assert {component for _, component in found} == set(names.values())
