@@ -154,10 +154,22 @@ def _hyper_step_kernel(
         p = tl.arange(0, BLOCK_P)
         here = p < tl.num_programs(0)
         part = partial_ptr + p * (M + 1)
-        squares = tl.sum(tl.load(part + M, mask=here, other=0.0, cache_modifier=".cg"))
-        factor = tl.rsqrt(squares / (N * D) + NORM_EPS)
         of_stream = here[:, None] & (n < N)[None, :]
+        # All that others summed is asked for at once: each wait for the L2 cache would show.
+        squares = tl.load(part + M, mask=here, other=0.0, cache_modifier=".cg")
         z = tl.load(part[:, None] + n[None, :], mask=of_stream, other=0.0, cache_modifier=".cg")
+        if M > N:
+            post = tl.load(
+                part[:, None] + N + n[None, :], mask=of_stream, other=0.0, cache_modifier=".cg"
+            )
+            cell = n[:, None] * N + n[None, :]
+            matrix = tl.load(
+                part[:, None, None] + 2 * N + cell[None, :, :],
+                mask=of_stream[:, :, None] & (n < N)[None, None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / (N * D) + NORM_EPS)
         z = tl.sum(z, axis=0) * factor * tl.load(scale_ptr)
         pre = _sigmoid(z + tl.load(base_ptr + n, mask=n < N, other=0.0)) + EPS
         pre = tl.where(n < N, pre, 0.0)
@@ -171,16 +183,6 @@ def _hyper_step_kernel(
             )
             tl.store(out_ptr + o, tl.sum(new * pre[:, None], axis=0), mask=o < D)
         if M > N:
-            post = tl.load(
-                part[:, None] + N + n[None, :], mask=of_stream, other=0.0, cache_modifier=".cg"
-            )
-            cell = n[:, None] * N + n[None, :]
-            matrix = tl.load(
-                part[:, None, None] + 2 * N + cell[None, :, :],
-                mask=of_stream[:, :, None] & (n < N)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
             _store_mix(
                 mix_ptr, tl.sum(post, axis=0) * factor, tl.sum(matrix, axis=0) * factor,
                 base_ptr, scale_ptr, N, ITERATIONS, EPS, BLOCK_N,
