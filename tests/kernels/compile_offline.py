@@ -260,13 +260,13 @@ V4_FLASH = Sizes(4096, 2048, 64, 1, 512, 256, 6, 128, 129280, 32768)
 
 
 def run_shared_row_attention(s: Sizes) -> None:
-    """V4-Flash's layers: the window alone, rows that are chosen, all rows."""
+    """V4-Flash's layers, with rows that are chosen and with all; the window alone takes less."""
     if s is not GPT_OSS_20B:
         return
     s = V4_FLASH
     slots, rope = s.W + 2048, (fp32(s.context, 32), fp32(s.context, 32))
     scratch = fp32(s.H, shared_row_attention.SPLITS, s.C), fp32(s.H, shared_row_attention.SPLITS, 2)
-    for ratio, top in ((0, 0), (4, 512), (128, 0)):
+    for ratio, top in ((4, 512), (128, 0)):
         rows = empty(slots + 8192, s.C), int32(1), fp32(s.H), rope
         sizes = {"slots": slots, "window": s.W, "ratio": ratio}
         shared_row_attention.shared_row_attention_decode(
@@ -291,7 +291,7 @@ def run_shared_rows(s: Sizes) -> None:
             rope, int32(1), empty(s.W + 2048, s.C), empty(tokens, s.H, s.C), eps=1e-6,
             index_q=empty(tokens, 64, 128, dtype=dtype), index_query=empty(tokens, 64, 128),
         )  # fmt: skip
-        for ratio, width in ((4, 128), (4, s.C), (128, s.C)):
+        for ratio, width in ((4, s.C), (128, s.C)):
             wide, parts = (2 * width, 3) if ratio == 4 else (width, 1)
             compressed_rows.compressed_rows(
                 empty(tokens, 2 * wide, dtype=dtype), fp32(ratio, wide), empty(width), rope,
@@ -301,11 +301,11 @@ def run_shared_rows(s: Sizes) -> None:
 
 
 def run_hyper_connections(s: Sizes) -> None:
-    """V4-Flash's and V4-Pro's widths, within the model and behind its last layer."""
+    """V4-Pro's width takes most; V4-Flash's, within the model and behind its last layer."""
     if s is not GPT_OSS_20B:
         return
-    for width in (4096, 7168):
-        for rows in (24, 4):
+    for width, functions in ((7168, (24,)), (4096, (24, 4))):
+        for rows in functions:
             constants = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
             base, scale = fp32(rows), fp32(3 if rows > 4 else 1)
             partial = fp32(hyper_connections.num_programs(width), rows + 1)
