@@ -3,6 +3,7 @@
     python benchmarks/write_random_checkpoint.py --shape 20b --output /dev/shm/gpt-oss-20b
     python benchmarks/write_random_checkpoint.py --shape v2-lite --format fp8 --output /dev/shm/v2
     python benchmarks/write_random_checkpoint.py --shape v3 --layers 6 --output /dev/shm/v3
+    python benchmarks/write_random_checkpoint.py --shape v4-flash --layers 16 --output /dev/shm/v4
 
 Numbers are drawn on the GPU if there is one and written by several threads. Dense weights are
 normal with deviation 0.02, norms 1, biases and sinks normal with 0.1, codes of FP4 and FP8 uniform
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import random_deepseek
+import random_deepseek_v4
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -36,9 +38,13 @@ DTYPES = {
     "BF16": (torch.bfloat16, 2),
     "F32": (torch.float32, 4),
     "F8_E4M3": (torch.uint8, 1),
+    "F8_E8M0": (torch.uint8, 1),
     "U8": (torch.uint8, 1),
+    "I8": (torch.uint8, 1),
+    "I64": (torch.int64, 8),
 }
 _E4M3_NAN = 127  # of either sign
+_NAMED_EXPERTS = 256  # of which a table of experts by token id names some
 
 
 @dataclass(frozen=True)
@@ -148,6 +154,10 @@ def draw(kind: str, dtype: str, items: int, seed: int, device: torch.device) -> 
         numbers = torch.randint(0, 256, (items,), dtype=torch.uint8, **place)
     elif kind == "scales":
         numbers = torch.randint(119, 122, (items,), dtype=torch.uint8, **place)
+    elif kind == "e4m3 scales":  # uniform codes have a deviation of 116
+        numbers = torch.randint(113, 116, (items,), dtype=torch.uint8, **place)
+    elif kind == "experts":
+        numbers = torch.randint(0, _NAMED_EXPERTS, (items,), **place)
     elif kind == "e4m3":
         codes = torch.randint(0, 256, (items,), dtype=torch.uint8, **place)
         numbers = codes.masked_fill_((codes & 127) == _E4M3_NAN, 0)
@@ -222,6 +232,11 @@ def write_shard(
 
 def described(shape: str, layers: int | None, format: str | None) -> tuple[list[Entry], dict, dict]:
     """Tensors, config.json and generation_config.json."""
+    v4 = random_deepseek_v4.SHAPES.get(shape)
+    if v4 is not None:
+        layers = layers or v4.layers
+        found = [Entry(*tensor) for tensor in random_deepseek_v4.tensors(v4, layers)]
+        return found, random_deepseek_v4.config(v4, layers), {"eos_token_id": 1}
     deepseek = random_deepseek.SHAPES.get(shape)
     if deepseek is not None:
         sizes = (deepseek, layers or deepseek.layers, format or deepseek.format)
@@ -237,8 +252,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--shape", choices=(*SHAPES, *random_deepseek.SHAPES), default="20b")
-    parser.add_argument("--format", choices=("bf16", "fp8"), help="of DeepSeek's weights")
+    names = (*SHAPES, *random_deepseek.SHAPES, *random_deepseek_v4.SHAPES)
+    parser.add_argument("--shape", choices=names, default="20b")
+    parser.add_argument("--format", choices=("bf16", "fp8"), help="of V2's and V3's weights")
     parser.add_argument("--layers", type=int, help="fewer layers than published, to try things out")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

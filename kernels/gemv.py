@@ -40,7 +40,7 @@ _BYTES_OF_WARP = 12288
 # A program computes BLOCK_N rows over all columns; grid: N / BLOCK_N.
 @triton.jit
 def _gemv_kernel(
-    x_ptr,  # [K] fp32
+    x_ptr,  # [GROUPS, K] fp32
     norm_ptr,  # [K], read if HAS_NORM
     w_ptr,  # [N, K]
     scale_ptr,  # [N] fp32, read if HAS_SCALE
@@ -56,12 +56,15 @@ def _gemv_kernel(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    GROUPS: tl.constexpr,
     START_NEXT_FIRST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
     if START_NEXT_FIRST:
         let_next_start(EARLY)
+    if GROUPS > 1:
+        x_ptr += tl.program_id(0) * BLOCK_N // (N // GROUPS) * K
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = n < N
     row_ptrs = w_ptr + n.to(tl.int64)[:, None] * K
@@ -109,17 +112,19 @@ def gemv(
     bias: Tensor | None = None,
     eps: float = 0.0,
     add: bool = False,
+    groups: int = 1,
     start_next_first: bool = True,
     trace: Tensor | None = None,
 ) -> Tensor:
     """out = weight @ rms_norm(x) + bias, or added to out; norm and bias may be absent.
 
-    x:       [K] fp32
+    x:       [K] fp32, or [G * K] with G groups
     weight:  [N, K] bf16 (any float dtype), rows contiguous; or FP8_ROW; or in FP8 blocks of
              128x128 (kernels/gemv_blocks.py), then without bias
     out:     [N] fp32, written (or added to if add)
     norm:    [K] weight of the RMS norm in front, with eps
     bias:    [N]
+    groups:  G: the rows of the weight in G equal parts, each times its own K numbers of x
     start_next_first: whether the kernel behind may start before this one's wait; if not, it may
         read before its own wait what kernels in front of this one wrote
 
@@ -134,14 +139,19 @@ def gemv(
             norm=norm,
             eps=eps,
             add=add,
+            groups=groups,
             start_next_first=start_next_first,
             trace=trace,
         )
     values, scale = dense_parts(weight)
     rows, columns = values.shape
+    assert rows % groups == 0 and (norm is None or groups == 1), (rows, groups)
     tile = TILES[values.element_size()][rows >= MANY_ROWS]
     block_n = tile.block_n
-    while block_n > 1 and block_n * values[0].nbytes > tile.num_warps * _BYTES_OF_WARP:
+    most = tile.num_warps * _BYTES_OF_WARP
+    while block_n > 1 and block_n * values[0].nbytes > most:
+        block_n //= 2
+    while groups > 1 and rows // groups % block_n:  # a program's rows are of one group
         block_n //= 2
     _gemv_kernel[(triton.cdiv(rows, block_n),)](
         x,
@@ -160,6 +170,7 @@ def gemv(
         ADD=add,
         BLOCK_N=block_n,
         BLOCK_K=min(tile.block_k, triton.next_power_of_2(columns)),
+        GROUPS=groups,
         START_NEXT_FIRST=start_next_first,
         num_warps=tile.num_warps,
         **early_start(x),

@@ -18,12 +18,13 @@ _NUM_WARPS = 4
 # Of all rows of a program, asked for before the wait: 64 registers of a thread.
 _BYTES_IN_FLIGHT = 32768
 _MOST_ROWS = 8
+_LONG = 7168  # columns, beyond which more than two rows spill: x takes registers too
 
 
 # A program computes BLOCK_N rows over all columns; grid: N / BLOCK_N.
 @triton.jit
 def _gemv_blocks_kernel(
-    x_ptr,  # [K] fp32
+    x_ptr,  # [GROUPS, K] fp32
     norm_ptr,  # [K] or None
     w_ptr,  # [N, K] E4M3
     scale_ptr,  # [N / 128, B] fp32 or E8M0 bytes
@@ -36,12 +37,15 @@ def _gemv_blocks_kernel(
     ADD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    GROUPS: tl.constexpr,
     START_NEXT_FIRST: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
     if START_NEXT_FIRST:
         let_next_start(EARLY)
+    if GROUPS > 1:
+        x_ptr += tl.program_id(0) * BLOCK_N // (N // GROUPS) * K
     B: tl.constexpr = (K + 127) // 128
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_ptrs = w_ptr + n.to(tl.int64)[:, None, None] * K
@@ -90,23 +94,27 @@ def gemv_blocks(
     norm: Tensor | None = None,
     eps: float = 0.0,
     add: bool = False,
+    groups: int = 1,
     start_next_first: bool = True,
     trace: Tensor | None = None,
 ) -> Tensor:
     """out = weight @ rms_norm(x), or added to out; norm may be absent.
 
-    x:       [K] fp32
+    x:       [K] fp32, or [G * K] with G groups
     weight:  [N, K] in FP8_BLOCK128 or FP8_BLOCK128_E8M0, with any last, partial block
     out:     [N] fp32, written (or added to if add)
     norm:    [K] weight of the RMS norm in front, with eps
-    start_next_first: as in kernels.gemv.gemv
+    groups, start_next_first: as in kernels.gemv.gemv
 
     Reads the bytes of weight once, which sets its time.
     """
     rows, columns = weight.shape
     assert weight.format.block == (BLOCK, BLOCK) and weight.values.is_contiguous()
     block_b = min(_BLOCKS_AT_A_TIME, triton.next_power_of_2(triton.cdiv(columns, BLOCK)))
+    assert rows % groups == 0 and (norm is None or groups == 1), (rows, groups)
     block_n = rows_of_program(columns)
+    while groups > 1 and rows // groups % block_n:
+        block_n //= 2
     _gemv_blocks_kernel[(triton.cdiv(rows, block_n),)](
         x,
         norm,
@@ -121,6 +129,7 @@ def gemv_blocks(
         ADD=add,
         BLOCK_N=block_n,
         BLOCK_B=block_b,
+        GROUPS=groups,
         START_NEXT_FIRST=start_next_first,
         num_warps=_NUM_WARPS,
         **early_start(x),
@@ -133,4 +142,4 @@ def rows_of_program(columns: int) -> int:
     rows = _MOST_ROWS
     while rows > 1 and rows * columns > _BYTES_IN_FLIGHT:
         rows //= 2
-    return rows
+    return min(rows, 2) if columns > _LONG else rows

@@ -1,6 +1,7 @@
 """DeepSeek's router of one token: RMS norm, scores, the best groups of experts, top-k, weights.
 
-Scores are sigmoids or a softmax; a bias, where there is one, counts in the choice alone. The last
+Scores are sigmoids, a softmax or roots of softplus; a bias, where there is one, counts in the
+choice alone. V4's first layers do not choose: a table names the experts of each token id. The last
 program to finish chooses: a ticket counter replaces a second launch. The normed vector is packed
 for the experts on the way, and a kernel of its own packs it for layers without a router.
 """
@@ -15,6 +16,29 @@ from kernels.packed_vector import PackedVectors, store_packed
 _ROWS = 2  # experts of a program
 _LEAST_SUM = tl.constexpr(1e-20)  # added to the sum of a token's weights
 _NOT_THERE = tl.constexpr(-3.0e38)  # below every score, above the -inf of what may not be chosen
+
+
+@triton.jit
+def _root_of_softplus(x):
+    """sqrt(log(1 + exp(x))), exact for very negative x too."""
+    y = tl.exp(-tl.abs(x))
+    u = 1.0 + y
+    # Of log(1 + y): what is lost in rounding u is lost in u - 1 as well.
+    small = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
+    return tl.sqrt(tl.maximum(x, 0.0) + small)
+
+
+@triton.jit
+def _scores_of(logits, SCORES: tl.constexpr):
+    """Scores of a tile of logits; a softmax is over all of it."""
+    if SCORES == "sigmoid":
+        return 1.0 / (1.0 + tl.exp(-logits))
+    elif SCORES == "sqrtsoftplus":
+        return _root_of_softplus(logits)
+    else:
+        tl.static_assert(SCORES == "softmax")
+        scores = tl.exp(logits - tl.max(tl.max(logits, axis=1), axis=0))
+        return scores / tl.sum(tl.sum(scores, axis=1), axis=0)
 
 
 @triton.jit
@@ -55,43 +79,49 @@ def _in_best_groups(
     return best[:, None]
 
 
-# Program 0 packs the normed vector; program p > 0 computes ROWS logits; the last one to finish
-# chooses. Grid: 1 + E / ROWS.
+# The first PACKS programs pack the normed vector; each other one computes ROWS logits; the last one
+# to finish chooses. Grid: PACKS + E / ROWS.
 @triton.jit
 def _grouped_router_kernel(
     x_ptr,  # [D] fp32
     norm_ptr,  # [D]
     w_ptr,  # [E, D]
     bias_ptr,  # [E] or None
+    token_ptr,  # [1] int32, and
+    table_ptr,  # [V, K] any integers: experts by token id; or None
     logits_ptr,  # [E] fp32, scratch
     ticket_ptr,  # [1] int32, zero before and after
     ids_ptr,  # [K] int32, written
     weights_ptr,  # [K] fp32, written
     packed_ptr,  # see kernels/packed_vector.py, written
     unscale_ptr,
+    also_ptr,  # the same in another form, written; or None
+    also_unscale_ptr,
     trace_ptr,  # [programs, 3] int64 or None
     D: tl.constexpr,
     E: tl.constexpr,
     K: tl.constexpr,
     EPS: tl.constexpr,
-    SIGMOID: tl.constexpr,  # else a softmax over all experts
+    SCORES: tl.constexpr,  # see _scores_of
     G: tl.constexpr,
     LIMITED: tl.constexpr,
     BEST_OF: tl.constexpr,
     NORMALIZED: tl.constexpr,
     SCALE: tl.constexpr,
     DIGITS: tl.constexpr,
+    PACKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
     let_next_start(EARLY)
     program = tl.program_id(0)
     d = tl.arange(0, BLOCK_D)
-    e = (program - 1) * ROWS + tl.arange(0, ROWS)
+    e = (program - PACKS) * ROWS + tl.arange(0, ROWS)
     inside = (e >= 0)[:, None] & (e < E)[:, None] & (d < D)[None, :]
     w = tl.load(w_ptr + e[:, None] * D + d[None, :], mask=inside, other=0.0)
     norm = tl.load(norm_ptr + d, mask=d < D, other=0.0).to(tl.float32)
@@ -102,6 +132,9 @@ def _grouped_router_kernel(
     x *= norm
     if program == 0:
         store_packed(x * factor, packed_ptr, unscale_ptr, D, BLOCK_D, DIGITS)
+    elif program < PACKS:
+        if also_ptr is not None:
+            store_packed(x * factor, also_ptr, also_unscale_ptr, D, BLOCK_D, not DIGITS)
     else:
         logit = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * factor
         # NaN (weights that overflow) must not lead to an expert that does not exist.
@@ -110,30 +143,39 @@ def _grouped_router_kernel(
     tl.debug_barrier()
     if tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.debug_barrier()
-        PER_GROUP: tl.constexpr = E // G
-        g = tl.arange(0, BLOCK_G)[:, None]
-        i = tl.arange(0, BLOCK_I)[None, :]
-        there = (g < G) & (i < PER_GROUP)
-        expert = g * PER_GROUP + i
-        logits = tl.load(logits_ptr + expert, mask=there, other=float("-inf"), cache_modifier=".cg")
-        if SIGMOID:
-            scores = 1.0 / (1.0 + tl.exp(-logits))
+        if table_ptr is not None:
+            slot_of = tl.arange(0, BLOCK_K)[None, :]
+            chosen = slot_of < K
+            row = table_ptr + tl.load(token_ptr).to(tl.int64) * K
+            expert = tl.load(row + slot_of, mask=chosen, other=0).to(tl.int32)
+            logits = tl.load(
+                logits_ptr + expert, mask=chosen, other=float("-inf"), cache_modifier=".cg"
+            )
+            scores = _scores_of(logits, SCORES)
         else:
-            scores = tl.exp(logits - tl.max(tl.max(logits, axis=1), axis=0))
-            scores = scores / tl.sum(tl.sum(scores, axis=1), axis=0)
-        choice = scores
-        if bias_ptr is not None:
-            choice += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
-        allowed = there
-        if LIMITED < G:
-            allowed = there & _in_best_groups(choice, there, G, LIMITED, BEST_OF, BLOCK_G, BLOCK_I)
-        key = tl.where(allowed, _key_of(choice, expert), -0x7FFFFFFFFFFFFFFF)
-        slot_of = tl.full((BLOCK_G, BLOCK_I), -1, tl.int32)
-        for slot in tl.static_range(K):
-            taken = key == tl.max(tl.max(key, axis=1), axis=0)
-            slot_of = tl.where(taken, slot, slot_of)
-            key = tl.where(taken, -0x7FFFFFFFFFFFFFFF, key)
-        chosen = slot_of >= 0
+            PER_GROUP: tl.constexpr = E // G
+            g = tl.arange(0, BLOCK_G)[:, None]
+            i = tl.arange(0, BLOCK_I)[None, :]
+            there = (g < G) & (i < PER_GROUP)
+            expert = g * PER_GROUP + i
+            logits = tl.load(
+                logits_ptr + expert, mask=there, other=float("-inf"), cache_modifier=".cg"
+            )
+            scores = _scores_of(logits, SCORES)
+            choice = scores
+            if bias_ptr is not None:
+                choice += tl.load(bias_ptr + expert, mask=there, other=0.0).to(tl.float32)
+            allowed = there
+            if LIMITED < G:
+                best = _in_best_groups(choice, there, G, LIMITED, BEST_OF, BLOCK_G, BLOCK_I)
+                allowed = there & best
+            key = tl.where(allowed, _key_of(choice, expert), -0x7FFFFFFFFFFFFFFF)
+            slot_of = tl.full((BLOCK_G, BLOCK_I), -1, tl.int32)
+            for slot in tl.static_range(K):
+                taken = key == tl.max(tl.max(key, axis=1), axis=0)
+                slot_of = tl.where(taken, slot, slot_of)
+                key = tl.where(taken, -0x7FFFFFFFFFFFFFFF, key)
+            chosen = slot_of >= 0
         weights = tl.where(chosen, scores, 0.0)
         if NORMALIZED:
             weights = weights / (tl.sum(tl.sum(weights, axis=1), axis=0) + _LEAST_SUM)
@@ -150,7 +192,7 @@ def grouped_router(
     bias: Tensor | None,
     *,
     eps: float,
-    sigmoid: bool,
+    scores: str,
     num_groups: int,
     num_limited: int,
     normalized: bool,
@@ -160,6 +202,9 @@ def grouped_router(
     expert_ids: Tensor,
     expert_weights: Tensor,
     packed: PackedVectors,
+    also: PackedVectors | None = None,
+    token: Tensor | None = None,
+    table: Tensor | None = None,
     trace: Tensor | None = None,
 ) -> None:
     """Choose the experts of one token and pack its normed vector for them.
@@ -168,8 +213,8 @@ def grouped_router(
     norm:            [D] weight of the RMS norm in front, with eps
     router:          [E, D]
     bias:            [E], added to scores where experts are chosen, not in their weights; or None
-    sigmoid:         scores are sigmoids, and a group is worth its best two; else they are a
-                     softmax over all experts, and a group is worth its best one
+    scores:          "sigmoid", and a group is worth its best two; "softmax" over all experts, and
+                     a group is worth its best one; or "sqrtsoftplus"
     num_groups:      of equal size, in order; experts come from the best num_limited of them
     normalized:      whether weights are divided by their sum
     scale:           multiplies the weights
@@ -178,38 +223,51 @@ def grouped_router(
     expert_ids:      [K] int32, written, the best first; a tie takes the lower id
     expert_weights:  [K] fp32, written
     packed:          one vector, written: the normed one, in either form
+    also:            the same in the other form, written; or None
+    token:           [1] int32 on the device, and
+    table:           [V, K] integers: the experts of each token id, in place of the choice; then
+                     scores are no softmax, there are no groups, and ids stand as in the table
 
     Reads E * D weights; bound by latency at every published size.
     """
     experts, width = router.shape
     assert experts % num_groups == 0, (experts, num_groups)
-    _grouped_router_kernel[(1 + triton.cdiv(experts, _ROWS),)](
+    assert also is None or also.digits != packed.digits
+    assert table is None or (scores != "softmax" and table.shape[1] == len(expert_ids))
+    packs = 1 if also is None else 2
+    _grouped_router_kernel[(packs + triton.cdiv(experts, _ROWS),)](
         x,
         norm,
         router,
         bias,
+        token,
+        table,
         logits,
         ticket,
         expert_ids,
         expert_weights,
         packed.values,
         packed.unscale,
+        None if also is None else also.values,
+        None if also is None else also.unscale,
         trace,
         D=width,
         E=experts,
         K=len(expert_ids),
         EPS=eps,
-        SIGMOID=sigmoid,
+        SCORES=scores,
         G=num_groups,
         LIMITED=num_limited,
-        BEST_OF=2 if sigmoid else 1,
+        BEST_OF=2 if scores == "sigmoid" else 1,
         NORMALIZED=normalized,
         SCALE=scale,
         DIGITS=packed.digits,
+        PACKS=packs,
         ROWS=_ROWS,
         BLOCK_D=triton.next_power_of_2(width),
         BLOCK_G=triton.next_power_of_2(num_groups),
         BLOCK_I=triton.next_power_of_2(experts // num_groups),
+        BLOCK_K=triton.next_power_of_2(len(expert_ids)),
         num_warps=8 if width > 4096 else 4,
         **early_start(x),
     )

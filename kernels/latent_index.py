@@ -1,11 +1,15 @@
-"""V3.2's indexer: which cached tokens the attention of a token sees.
+"""The indexer of V3.2 and V4: which cached rows the attention of a token sees.
 
-A token caches one index key. A later token scores every key, the weighted sum over index heads of
-relu(query . key), and sees the C tokens of the highest scores; all of them while there are no more
+A row is a token; in V4 it is a few tokens compressed to one row, seen once all of them are there.
+Each row has an index key. A token scores every key, the weighted sum over index heads of
+relu(query . key), and sees the C rows of the highest scores; all of them while there are no more
 than C. The choice is made on the device, one program a token: four passes over the scores find the
 C-th highest, eight bits at a time, and a fifth writes what is above it, in the order of the cache.
+index_rows makes V3.2's queries and keys; V4's come from kernels/shared_rows.py and
+kernels/compressed_rows.py.
 
-T tokens, I index heads, J index width, P rotary width, S cached tokens, C chosen ones.
+T tokens, I index heads, J index width, P rotary width, S cached rows, C chosen ones, R tokens of a
+row.
 """
 
 import triton
@@ -137,7 +141,7 @@ def index_rows(
 
 
 # A program scores every X-th block of keys for one token. Grid: X, T.
-# No number of cached tokens compiles anything new.
+# No number of cached rows compiles anything new.
 @triton.jit(do_not_specialize=["columns"])
 def _index_scores_kernel(
     query_ptr,  # [T, I, J]
@@ -150,6 +154,7 @@ def _index_scores_kernel(
     I: tl.constexpr,
     J: tl.constexpr,
     C: tl.constexpr,
+    R: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_J: tl.constexpr,
     BLOCK_S: tl.constexpr,
@@ -160,7 +165,7 @@ def _index_scores_kernel(
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     token = tl.program_id(1).to(tl.int64)
-    length = (tl.load(position_ptr) + token + 1).to(tl.int32)
+    length = ((tl.load(position_ptr) + token + 1) // R).to(tl.int32)
     if length > C:  # else all are chosen
         i = tl.arange(0, BLOCK_I)
         j = tl.arange(0, BLOCK_J)
@@ -195,6 +200,7 @@ def _choose_rows_kernel(
     columns,
     trace_ptr,  # [programs, 3] int64 or None
     C: tl.constexpr,
+    R: tl.constexpr,
     BLOCK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -203,7 +209,7 @@ def _choose_rows_kernel(
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     token = tl.program_id(0).to(tl.int64)
-    length = (tl.load(position_ptr) + token + 1).to(tl.int32)
+    length = ((tl.load(position_ptr) + token + 1) // R).to(tl.int32)
     chosen_ptr += token * C
     scores_ptr += token * columns
     one = tl.arange(0, BLOCK)
@@ -253,19 +259,21 @@ def index_choose(
     scores: Tensor,
     chosen: Tensor,
     *,
+    ratio: int = 1,
     trace: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
-    """The cached tokens that each of T tokens at position, position + 1, ... sees.
+    """The cached rows that each of T tokens at position, position + 1, ... sees.
 
     query:     [T, I, J] as index_rows leaves it
     weights:   [T, I] fp32, of the heads; a common positive factor changes nothing
-    cache:     [S, J], the tokens' own keys included
+    cache:     [S, J], keys of all rows that the tokens may see
     position:  [1] int32 on the device
-    scores:    [T, columns] fp32 scratch, a column for every position
-    chosen:    [T, C] int32, written: rows of the cache in rising order, C of them or all up to the
-               token's own; among equal scores the earlier ones. Returned.
+    scores:    [T, columns] fp32 scratch, a column for every row
+    chosen:    [T, C] int32, written: rows of the cache in rising order, C of them or all that the
+               token may see; among equal scores the earlier ones. Returned.
+    ratio:     R: a token may see the rows of which all R tokens are its own or before it
 
-    Reads 2 * J bytes a cached token, and its score five times by one program a token.
+    Reads 2 * J bytes a cached row, and its score five times by one program a token.
     """
     tokens, heads, width = query.shape
     columns, count = scores.shape[1], chosen.shape[1]
@@ -281,6 +289,7 @@ def index_choose(
         I=heads,
         J=width,
         C=count,
+        R=ratio,
         BLOCK_I=max(16, triton.next_power_of_2(heads)),
         BLOCK_J=max(16, triton.next_power_of_2(width)),
         BLOCK_S=_BLOCK_S,
@@ -294,6 +303,7 @@ def index_choose(
         columns,
         trace[1],
         C=count,
+        R=ratio,
         BLOCK=_CHOOSE_BLOCK,
         num_warps=16,
         **early_start(query),

@@ -211,4 +211,5 @@ def _place(
         **sizes,
         BLOCK_P=16,
         BLOCK_B=16,
+        num_warps=8 if sizes["BLOCK_E"] > 256 else 4,  # its tables of experts fill the registers
     )

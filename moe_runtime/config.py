@@ -48,6 +48,7 @@ class CachePart:
     window: int | None = None  # rows kept for a query, its own counted; None: all
     tokens_per_row: int = 1
     most_read: int | None = None  # rows that a token reads at most (a top-k); None: all kept
+    state_rows: int | None = None  # of a running state, the same for every context
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,11 @@ class DecoderConfig:
     def projection_width(self) -> int:
         """Values that the projections of one attention layer make for a token."""
         raise NotImplementedError
+
+    @property
+    def residual_width(self) -> int:
+        """Values of a token that go from layer to layer."""
+        return self.model_width
 
     @property
     def position_width(self) -> int:

@@ -15,6 +15,7 @@ from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.planning.variants import stored_bytes
+from moe_runtime.support import FP8_CAPABILITY
 from quant.codecs import encode
 from quant.formats import FP8_ROW, QuantFormat
 
@@ -67,7 +68,7 @@ def packing_bytes(plan: LoadPlan, packed: Collection[str]) -> int:
 
 def knows_fp8(device: torch.device) -> bool:
     """Whether the kernels can read packed weights there: Triton has E4M3 from Ada on."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FP8_CAPABILITY
 
 
 def pack(weights: Weights, names: Collection[str]) -> Weights:

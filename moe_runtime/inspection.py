@@ -28,7 +28,7 @@ from moe_runtime.planning.components import (
     component_of_tensor,
     summed_up,
 )
-from moe_runtime.support import ANY, SUPPORTED
+from moe_runtime.support import ANY, FP8_CAPABILITY, SUPPORTED
 from moe_runtime.tokenizer import load_tokenizer
 
 _MXFP4_CODES = re.compile(r".*[._]blocks")
@@ -88,7 +88,7 @@ class Inspection:
     sound: bool  # whether tensors and configs belong together, as far as this version can tell
     problem: str | None  # why this version cannot run it
     hint: str | None
-    backends: dict[str, str]  # name -> what it needs
+    backends: dict[str, str]  # name -> what it needs, and what to know of it
     bytes_per_token: dict[str, int] | None  # by component, at batch 1 with an empty cache
     active_parameters: int | None  # read for one token, without the embedding
     cache_bytes_per_token: int | None  # of the layers that keep everything
@@ -248,7 +248,8 @@ def _active_parameters(config: DecoderConfig, components: tuple[Component, ...])
 
 def _cache_bytes_per_token(plan: MemoryPlan) -> int:
     """Growth of the cache with each token once all windows are full."""
-    growing = (part for part in plan.config.cache_parts if part.window is None)
+    parts = plan.config.cache_parts
+    growing = (part for part in parts if part.window is None and part.state_rows is None)
     return round(sum(part.row_bytes / part.tokens_per_row for part in growing))
 
 
@@ -256,10 +257,15 @@ def _backends(config: DecoderConfig | None, components: tuple[Component, ...]) -
     if config is None:
         return {}
     experts = next((c.formats for c in components if c.name == "experts"), {})
+    dense = (c for c in components if c.name not in ("experts", *NOT_LOADED))
+    dense_fp8 = any("f8_e4m3" in c.formats for c in dense)
     needs = {}
     for row in SUPPORTED:
-        if row.family == config.family and row.experts in (*experts, ANY):
-            needs[row.backend] = row.needs
+        if row.family != config.family or row.experts not in (*experts, ANY):
+            continue
+        if row.least_capability is not None and dense_fp8:
+            row = replace(row, least_capability=FP8_CAPABILITY)
+        needs[row.backend] = f"{row.needs}; {row.remark}" if row.remark else row.needs
     return needs
 
 

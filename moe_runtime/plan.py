@@ -118,7 +118,7 @@ class MemoryPlan:
         c = self.config
         tokens = min(PREFILL_CHUNK, self.max_context)
         routed = tokens * c.experts_per_token + 128 * c.num_experts
-        row = 8 * c.model_width + 4 * c.projection_width
+        row = 4 * c.model_width + 4 * c.residual_width + 4 * c.projection_width
         expert_row = 2 * c.model_width + 2 * c.expert_width + 4 * c.model_width
         rope = 4 * c.position_width * self.max_context
         return tokens * row + routed * expert_row + rope + 64 * c.vocab_size
@@ -224,6 +224,8 @@ def gb(size: int) -> str:
 
 
 def _slots(part: CachePart, max_context: int) -> int:
+    if part.state_rows is not None:
+        return part.state_rows
     rows = -(-max_context // part.tokens_per_row)
     return rows if part.window is None else min(rows, part.window + PREFILL_CHUNK)
 
@@ -234,5 +236,7 @@ def _allocated(part: CachePart, max_context: int) -> int:
 
 def _read(part: CachePart, context: int) -> int:
     """Bytes that one token reads after `context` cached ones."""
+    if part.state_rows is not None:
+        return part.row_bytes * part.state_rows
     limits = (context // part.tokens_per_row, part.window, part.most_read)
     return part.row_bytes * min(limit for limit in limits if limit is not None)

@@ -21,10 +21,17 @@ from moe_runtime.triton_backend import TritonBackend
 
 WAITING = "waiting"
 COMPONENTS = (
-    *("embedding", "qkv", "indexer", "attention", "output projection", "mlp", "router"),
+    *("embedding", "hyper-connections", "qkv", "compressor", "indexer", "attention"),
+    *("output projection", "mlp", "router"),
     *("experts gate_up", "experts down", "head", "sampling", OTHER, WAITING),
 )
-SOMETIMES = ("indexer", "mlp", OTHER)  # shown where the model has them
+SOMETIMES = (
+    "hyper-connections",
+    "compressor",
+    "indexer",
+    "mlp",
+    OTHER,
+)  # shown where the model has them
 
 
 @dataclass(frozen=True)

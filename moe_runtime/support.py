@@ -47,6 +47,7 @@ class Support:
 
 
 LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
+FP8_CAPABILITY = (8, 9)  # for dense weights in FP8: Triton has E4M3 from Ada on
 
 _UNPROVEN = (
     "these kernels agree with the reference in Triton's interpreter and have not run on a GPU yet; "
@@ -58,6 +59,7 @@ SUPPORTED = (
     Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
+    Support("deepseek_v4", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),

@@ -2,9 +2,16 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from kernels.packed_vector import PackedVectors, store_vector
 from kernels.reference.rms_norm import rms_norm
+
+_SCORES = {
+    "sigmoid": torch.sigmoid,
+    "softmax": lambda logits: logits.softmax(0),
+    "sqrtsoftplus": lambda logits: softplus(logits).sqrt(),
+}
 
 
 def grouped_router(
@@ -14,7 +21,7 @@ def grouped_router(
     bias: Tensor | None,
     *,
     eps: float,
-    sigmoid: bool,
+    scores: str,
     num_groups: int,
     num_limited: int,
     normalized: bool,
@@ -24,6 +31,9 @@ def grouped_router(
     expert_ids: Tensor,
     expert_weights: Tensor,
     packed: PackedVectors,
+    also: PackedVectors | None = None,
+    token: Tensor | None = None,
+    table: Tensor | None = None,
 ) -> None:
     """Same arguments and results as the kernel, but for the scale of planes."""
     normed = rms_norm(x[None], norm, eps)[0]
@@ -31,40 +41,49 @@ def grouped_router(
     ids, weights = choose(
         logits[None],
         bias,
-        sigmoid=sigmoid,
+        scores=scores,
         num_groups=num_groups,
         num_limited=num_limited,
         normalized=normalized,
         scale=scale,
         experts_per_token=len(expert_ids),
+        named_TK=None if table is None or token is None else table[token.long()],
     )
     expert_ids.copy_(ids[0])
     expert_weights.copy_(weights[0])
-    store_vector(packed, 0, normed)
+    for vectors in (packed, *([] if also is None else [also])):
+        store_vector(vectors, 0, normed)
 
 
 def choose(
     logits_TE: Tensor,
     bias_E: Tensor | None,
     *,
-    sigmoid: bool,
+    scores: str,
     num_groups: int,
     num_limited: int,
     normalized: bool,
     scale: float,
     experts_per_token: int,
+    named_TK: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Expert ids and weights, both [T, K], one token after the other."""
+    """Expert ids and weights, both [T, K], one token after the other.
+
+    named_TK: experts that are not chosen
+    """
     ids, weights = [], []
-    for logits in logits_TE.float():
-        scores = logits.sigmoid() if sigmoid else logits.softmax(0)
-        choice = scores if bias_E is None else scores + bias_E.float()
+    for t, logits in enumerate(logits_TE.float()):
+        scores_E = _SCORES[scores](logits)
+        choice = scores_E if bias_E is None else scores_E + bias_E.float()
         groups = choice.view(num_groups, -1)
-        worth = groups.sort(descending=True).values[:, : 2 if sigmoid else 1].sum(1)
+        best_of = 2 if scores == "sigmoid" else 1
+        worth = groups.sort(descending=True).values[:, :best_of].sum(1)
         dropped = worth.sort(descending=True, stable=True).indices[num_limited:]
         choice = groups.clone().index_fill(0, dropped, float("-inf")).flatten()
         best = choice.sort(descending=True, stable=True).indices[:experts_per_token]
-        weight = scores[best]
+        if named_TK is not None:
+            best = named_TK[t].long()
+        weight = scores_E[best]
         if normalized:
             weight = weight / (weight.sum() + 1e-20)
         ids.append(best)

@@ -41,10 +41,12 @@ def index_choose(
     position: Tensor,
     scores: Tensor,
     chosen: Tensor,
+    *,
+    ratio: int = 1,
 ) -> Tensor:
     """Same arguments and results as the kernels; the scratch is not used."""
     for t, (q, weight) in enumerate(zip(query.float(), weights, strict=True)):
-        length = int(position) + t + 1
+        length = (int(position) + t + 1) // ratio
         row = (weight[:, None] * (q @ cache[:length].float().T).relu()).sum(0)
         best = row.sort(descending=True, stable=True).indices[: chosen.shape[1]]
         chosen[t, : len(best)] = best.sort().values.to(torch.int32)

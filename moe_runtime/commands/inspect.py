@@ -74,7 +74,7 @@ def describe(found: Inspection) -> list[str]:
         state = "not supported" if found.sound else "not sound"
         lines.append(f"  {state}: {found.problem}")
         return lines + ([f"  {found.hint}"] if found.hint else [])
-    lines += [f"  runs on {needs} (backend {name})" for name, needs in found.backends.items()]
+    lines += [f"  backend {name}: {needs}" for name, needs in found.backends.items()]
     if found.memory_bytes:
         lines.append(
             f"  takes {_size(found.memory_bytes)} of GPU memory with the whole context; "

@@ -1,4 +1,5 @@
-"""What the decode steps of all families have in common: the request's state, and captured graphs.
+"""What the decode steps of all families have in common: the request's state, and captured graphs;
+and what their prefills offer.
 
 A step takes one token in and gives the next one out, without the host. Its buffers are allocated
 once, because a captured graph keeps addresses.
@@ -6,10 +7,31 @@ once, because a captured graph keeps addresses.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
 from kernels.sampling import SamplingState, make_state
+
+
+class Prompts(Protocol):
+    """Runs prompts through all layers, filling the cache that the decode step goes on with."""
+
+    chunk: int  # tokens that go through the layers at once
+
+    def run(self, token_ids: Tensor) -> Iterator[Tensor]:
+        """Run ids [N] int64 from position 0; yields each chunk's residual, one row a token."""
+        ...
+
+    def head(self, residual: Tensor, /) -> Tensor:
+        """Logits [T, V] of rows of a residual."""
+        ...
+
+    def warm_up_lengths(self) -> list[int]:
+        """One prompt length for every combination of kernel variants that a prompt can need."""
+        ...
 
 
 class CapturedStep:

@@ -12,6 +12,8 @@ from kernels.reference.rope_kv import inverse_frequencies
 from loaders.errors import UnsupportedModelError
 from loaders.logical_schemes import scale_shape
 from loaders.names.table import LoadPlan, PlannedWeight
+from moe_runtime.config import DecoderConfig
+from moe_runtime.gpu.captured_step import CapturedStep, Prompts
 from moe_runtime.gpu.deepseek_prefill import DeepseekPrefill
 from moe_runtime.gpu.deepseek_step import DeepseekStep
 from moe_runtime.gpu.deepseek_weights import ModelWeights
@@ -24,7 +26,10 @@ from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, QuantFormat
 from quant.tensor import QuantTensor
 
 _DENSE_FORMATS = (FP8_BLOCK128, FP8_BLOCK128_E8M0)
-_DTYPES = {"BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16}
+_DTYPES = {
+    "BF16": torch.bfloat16, "F32": torch.float32, "F16": torch.float16,
+    "I64": torch.int64, "I32": torch.int32,
+}  # fmt: skip
 _STEP = 16  # weights that the expert kernels load at once
 
 
@@ -123,18 +128,18 @@ def compile_kernels(
         num_layers=len(kinds),
         num_dense_layers=sum(not _has_router(kind) for kind in kinds),
     )
-    weights = {kind.name: _zeros(kind, config, device) for kind in outside}
+    weights = {kind.name: zeros_of(kind, config, device) for kind in outside}
     if isinstance(weights["head"], Tensor):  # the largest zeros are there once
         weights["head"] = weights["embedding"]
     for layer, kind in enumerate(kinds):
-        weights |= {f"layers.{layer}.{w.name}": _zeros(w, config, device) for w in kind}
+        weights |= {f"layers.{layer}.{w.name}": zeros_of(w, config, device) for w in kind}
     model = ModelWeights.from_named(weights, small)
     cache = LatentCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
     step, prefill = _with_cache(small, model, cache)
     run_once(step, prefill, device)
 
 
-def run_once(step: DeepseekStep, prefill: DeepseekPrefill, device: torch.device) -> None:
+def run_once(step: CapturedStep, prefill: Prompts, device: torch.device) -> None:
     """Launch every kernel that a request can need."""
     for filtered in (False, True):
         step.step(filtered=filtered)
@@ -145,7 +150,7 @@ def run_once(step: DeepseekStep, prefill: DeepseekPrefill, device: torch.device)
         torch.cuda.synchronize()
 
 
-def _zeros(kind: WeightKind, config: DeepseekConfig, device: torch.device) -> Tensor | QuantTensor:
+def zeros_of(kind: WeightKind, config: DecoderConfig, device: torch.device) -> Tensor | QuantTensor:
     """A weight of zeros; of stacked experts those that a router of zeros takes."""
     shape = kind.shape
     if len(shape) == 3:

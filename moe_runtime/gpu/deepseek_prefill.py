@@ -2,9 +2,8 @@
 
 Attention is in absorbed form here too, over the same cache as in decode: 3.4 times the operations
 of expanded keys and values, but nothing is expanded, and up to a few thousand tokens the experts
-take most of the time. Dense projections are torch's matrix products; those stored in FP8 blocks are
-decoded for each use into a buffer that all share, rounded to the dtype of the activations. Routed
-experts are decoded tile by tile. The residual is fp32. Nothing waits for the device.
+take most of the time. Dense projections are torch's matrix products; routed experts are decoded
+tile by tile. The residual is fp32. Nothing waits for the device.
 
 T tokens of a chunk, D model width, H heads, L latent width, P rotary width, N and U widths of a
 head's part without rope and of its values, E experts, K experts a token.
@@ -12,14 +11,12 @@ head's part without rope and of its values, E experts, K experts a token.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear
 
-from kernels.decode_blocks import decode_blocks
 from kernels.latent_attention import latent_attention_prefill
 from kernels.latent_cache import latent_cache
 from kernels.latent_index import index_choose, index_rows
@@ -34,16 +31,14 @@ from kernels.rms_norm import rms_norm
 from moe_runtime.gpu.deepseek_step import INNER_EPS, PLAIN_GATE
 from moe_runtime.gpu.deepseek_weights import (
     AttentionWeights,
-    GatedExperts,
     LayerWeights,
     Matrix,
     ModelWeights,
 )
 from moe_runtime.gpu.latent_cache import LatentCache
+from moe_runtime.gpu.projections import PromptProjections
 from moe_runtime.layers.routing import choose_experts, limit_groups
 from moe_runtime.models.deepseek_config import DeepseekConfig, Indexer
-from quant.codecs import decode
-from quant.tensor import QuantTensor
 
 _MAX_SCORES = 1 << 24  # of the indexer at once: bounds the memory
 _LEAST_SUM = 1e-20  # added to the sum of a token's weights
@@ -65,12 +60,10 @@ class DeepseekPrefill:
         self.dtype = weights.embedding.dtype  # of activations
         device = weights.embedding.device
         self._position = torch.zeros(1, dtype=torch.int32, device=device)
-        most = max((_decoded_numel(w) for w in weights.layers), default=0)
-        if isinstance(weights.head, QuantTensor):
-            most = max(most, math.prod(weights.head.shape))
+        matrices = [weights.head, *(m for w in weights.layers for m in _matrices(w))]
+        self._projections = PromptProjections(self.dtype, matrices, device)
         # A cache that the indexer would always choose whole needs none.
         self._indexed = config.indexer is not None and cache.max_context > config.indexer.top_k
-        self._decoded = torch.empty(most, dtype=self.dtype, device=device)
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
         """Run ids [N] int64 from position 0; yields each chunk's residual [T, D] fp32."""
@@ -86,7 +79,7 @@ class DeepseekPrefill:
         """Logits [T, V] of residual rows."""
         w = self.weights
         x_TD = rms_norm(x_TD, w.final_norm, self.config.norm_eps, self.dtype)
-        return self._project(x_TD, (w.head,))
+        return self._projections.project(x_TD, (w.head,))
 
     def warm_up_lengths(self) -> list[int]:
         """One prompt length for every combination of kernel variants that a prompt can need."""
@@ -105,18 +98,18 @@ class DeepseekPrefill:
         index = c.indexer or Indexer(0, 0, 0)
         cached_width = c.latent_width + c.rotary_width
         normed_TD = rms_norm(x_TD, w.norm, c.norm_eps, self.dtype)
-        inputs = self._project(normed_TD, w.inputs)
+        inputs = self._projections.project(normed_TD, w.inputs)
         query_width = inputs.shape[1] - index.width - cached_width
         queries, index_key, latent = inputs.split((query_width, index.width, cached_width), dim=1)
         if w.query_norm is not None:
             queries = rms_norm(queries.float().contiguous(), w.query_norm, INNER_EPS, self.dtype)
-            queries = self._project(queries, w.queries)
+            queries = self._projections.project(queries, w.queries)
         index_width = index.heads * index.width
         queries, index_q = queries.split((queries.shape[1] - index_width, index_width), dim=1)
         chosen = self._choose_tokens(layer, w, normed_TD, index_q, index_key, start)
         q_THC = queries.contiguous().view(tokens, c.num_heads, -1)
         query = cache.new_empty((tokens, c.num_heads, cached_width))
-        projection_HXL = self._plain(w.projection).unflatten(0, (c.num_heads, -1))
+        projection_HXL = self._projections.plain(w.projection).unflatten(0, (c.num_heads, -1))
         for_keys_HNL = projection_HXL[:, : c.nope_width]
         absorbed = torch.bmm(q_THC[..., : c.nope_width].transpose(0, 1), for_keys_HNL)
         query[..., : c.latent_width] = absorbed.transpose(0, 1)
@@ -136,7 +129,7 @@ class DeepseekPrefill:
         )
         for_values_HLU = projection_HXL[:, c.nope_width :].transpose(1, 2)
         values_HTU = torch.bmm(means_THL.transpose(0, 1).to(self.dtype), for_values_HLU)
-        x_TD += self._project(values_HTU.transpose(0, 1).flatten(1), (w.out,))
+        x_TD += self._projections.project(values_HTU.transpose(0, 1).flatten(1), (w.out,))
 
     def _choose_tokens(
         self,
@@ -159,7 +152,7 @@ class DeepseekPrefill:
         index_rows(*raw, v.norm, v.norm_bias, self.rope, self._position, keys, query)
         if end <= index.top_k:
             return None
-        weights = self._project(normed_TD, (v.head_weights,)).float()
+        weights = self._projections.project(normed_TD, (v.head_weights,)).float()
         chosen = torch.empty((tokens, index.top_k), dtype=torch.int32, device=q.device)
         at_once = max(1, _MAX_SCORES // end)
         for first in range(0, tokens, at_once):
@@ -181,8 +174,7 @@ class DeepseekPrefill:
             routing = route_chosen(ids_TK, weights_TK, c.num_experts, block_rows)
             hidden = moe_gemm_gate_up(rounded_TD, w.routed.gate_up, None, routing, PLAIN_GATE)
             add_expert_outputs(moe_gemm_down(hidden, w.routed.down, None, routing), x_TD)
-        for expert in range(w.always.gate_up.shape[0]):
-            self._add_gated(w.always, expert, rounded_TD, x_TD)
+        self._projections.add_gated(w.always, rounded_TD, x_TD, PLAIN_GATE)
 
     def _choose_experts(self, logits_TE: Tensor, bias_E: Tensor | None) -> tuple[Tensor, Tensor]:
         """Ids [T, K] int32 and weights [T, K] fp32 of each token's experts."""
@@ -202,48 +194,8 @@ class DeepseekPrefill:
             weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + _LEAST_SUM)
         return ids_TK.to(torch.int32), c.routed_scale * weights_TK
 
-    def _add_gated(self, experts: GatedExperts, expert: int, x: Tensor, x_TD: Tensor) -> None:
-        """x_TD += down(silu(gate x) * up x) of one expert of a stack."""
-        gate_up, width = experts.gate_up[expert], experts.width
-        gate = linear(x, self._plain(_rows(gate_up, 0, width)))
-        up = linear(x, self._plain(_rows(gate_up, width, 2 * width)))
-        x_TD += linear(silu(gate) * up, self._plain(experts.down[expert]))
 
-    def _project(self, x: Tensor, weights: Sequence[Matrix]) -> Tensor:
-        """x [T, K] times weights that stand under each other."""
-        parts = [linear(x, self._plain(weight)) for weight in weights]
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
-
-    def _plain(self, weight: Matrix) -> Tensor:
-        """A matrix in the activations' dtype; if decoded, valid until the next call."""
-        if isinstance(weight, Tensor):
-            return weight.to(self.dtype)
-        if weight.scales is None:
-            return weight.values.to(self.dtype)
-        if weight.format.block != (128, 128):
-            return decode(weight).to(self.dtype)
-        out = self._decoded[: math.prod(weight.shape)].view(weight.shape)
-        return decode_blocks(weight, out)
-
-
-def _rows(weight: QuantTensor, start: int, stop: int) -> QuantTensor:
-    """Some rows of a matrix, in the same memory; blocks of scales must line up."""
-    high = (weight.format.block or (1, 1))[0]
-    assert start % high == stop % high == 0, (start, stop, high)
-    scales = weight.scales
-    if scales is not None:
-        scales = scales[start // high : stop // high]
-    shape = (stop - start, weight.shape[1])
-    return QuantTensor(weight.values[start:stop], scales, weight.format, shape)
-
-
-def _decoded_numel(w: LayerWeights) -> int:
-    """Numbers of the largest matrix of a layer that is decoded into the shared buffer."""
+def _matrices(w: LayerWeights) -> Iterator[Matrix]:
+    """The matrices of a layer that are used whole; experts one at a time, their halves apart."""
     a = w.attention
-    matrices = [
-        m for m in (*a.inputs, *a.queries, a.projection, a.out) if isinstance(m, QuantTensor)
-    ]
-    sizes = [math.prod(m.shape) for m in matrices]
-    if w.always.down.scales is not None:
-        sizes.append(math.prod(w.always.down.shape[1:]))
-    return max(sizes, default=0)
+    yield from (*a.inputs, *a.queries, a.projection, a.out, w.always.down[0])

@@ -21,35 +21,21 @@ from kernels.grouped_router import grouped_router, norm_and_pack
 from kernels.latent_attention import latent_attention_decode, num_splits
 from kernels.latent_cache import latent_query
 from kernels.latent_index import index_choose, index_rows
-from kernels.moe_gemv import can_join, moe_down, moe_gate_up
-from kernels.packed_vector import PackedVectors, activation_scale, packed_vectors, takes_digits
 from kernels.sampling import sample
 from kernels.swiglu import Swiglu
 from moe_runtime.gpu.captured_step import CapturedStep
 from moe_runtime.gpu.deepseek_weights import (
     AttentionWeights,
-    GatedExperts,
     LayerWeights,
-    Matrix,
     ModelWeights,
 )
+from moe_runtime.gpu.expert_launches import ExpertLaunches, Mixture, other_form
 from moe_runtime.gpu.latent_cache import LatentCache
+from moe_runtime.gpu.projections import project_token
 from moe_runtime.models.deepseek_config import DeepseekConfig, Indexer
 
 INNER_EPS = 1e-6  # of norms within the attention, whatever the config says
 PLAIN_GATE = Swiglu()
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Experts of one stack, with the buffers of one token."""
-
-    experts: GatedExperts
-    always: GatedExperts | None  # taken besides, by every token
-    packed: PackedVectors  # the normed token
-    hidden: PackedVectors  # between the experts' halves
-    ids: Tensor
-    weights: Tensor
 
 
 @dataclass(frozen=True)
@@ -110,12 +96,8 @@ class DeepseekStep(CapturedStep):
         self._split_acc = buffer(c.num_heads, splits, c.latent_width)
         self._split_stats = buffer(c.num_heads, splits, 2)
         self._attention = buffer(c.num_heads, c.value_width)
-        self._router_logits = buffer(c.num_experts)
-        self._router_ticket = buffer(1, dtype=torch.int32)
-        self._expert_ids = buffer(c.experts_per_token, dtype=torch.int32)
-        self._expert_weights = buffer(c.experts_per_token)
-        self._vectors: dict[tuple[object, ...], PackedVectors] = {}
-        self._layer_mixtures = [self._mixtures(w) for w in weights.layers]
+        self._experts = ExpertLaunches(c, PLAIN_GATE, device)
+        self._mixtures = [self._experts.of_layer(w.routed, w.always) for w in weights.layers]
         self.logits = buffer(c.vocab_size)
 
     def step(self, *, filtered: bool) -> None:
@@ -123,7 +105,7 @@ class DeepseekStep(CapturedStep):
         embedding(self.state.token, self.weights.embedding, self.residual)
         for layer, weights in enumerate(self.weights.layers):
             self._attend(layer, weights.attention)
-            self._mix(weights, self._layer_mixtures[layer])
+            self._mix(weights, self._mixtures[layer])
         self.sample_residual(filtered=filtered)
 
     def sample_residual(self, *, filtered: bool) -> None:
@@ -140,10 +122,10 @@ class DeepseekStep(CapturedStep):
     def _attend(self, layer: int, w: AttentionWeights) -> None:
         c = self.config
         cache = self.cache.latents[layer]
-        _project(self.residual, w.inputs, self._inputs, w.norm, c.norm_eps)
+        project_token(self.residual, w.inputs, self._inputs, w.norm, c.norm_eps)
         if w.query_norm is not None:
             latent = self._inputs[: c.query_rank]
-            _project(latent, w.queries, self._from_latent, w.query_norm, INNER_EPS)
+            project_token(latent, w.queries, self._from_latent, w.query_norm, INNER_EPS)
         chosen = self._choose_tokens(layer, w)
         latent_query(
             self._queries,
@@ -183,76 +165,26 @@ class DeepseekStep(CapturedStep):
         return index_choose(i.query, i.head_weights, keys, position, i.scores, i.chosen)[0]
 
     def _mix(self, w: LayerWeights, mixtures: Sequence[Mixture]) -> None:
-        c = self.config
-        first, last = mixtures[0], mixtures[-1]
-        if w.router is None or first.packed is not last.packed:
-            norm_and_pack(self.residual, w.mlp_norm, last.packed, eps=c.norm_eps)
-        if w.router is not None:
+        c, e = self.config, self._experts
+        if w.router is None:
+            norm_and_pack(self.residual, w.mlp_norm, mixtures[0].packed, eps=c.norm_eps)
+        else:
             grouped_router(
                 self.residual,
                 w.mlp_norm,
                 w.router,
                 w.router_bias,
                 eps=c.norm_eps,
-                sigmoid=c.family != "deepseek_v2",
+                scores="softmax" if c.family == "deepseek_v2" else "sigmoid",
                 num_groups=c.num_expert_groups,
                 num_limited=c.num_limited_groups,
                 normalized=c.normalized,
                 scale=c.routed_scale,
-                logits=self._router_logits,
-                ticket=self._router_ticket,
-                expert_ids=first.ids,
-                expert_weights=first.weights,
-                packed=first.packed,
+                logits=e.logits,
+                ticket=e.ticket,
+                expert_ids=e.ids,
+                expert_weights=e.weights,
+                packed=mixtures[0].packed,
+                also=other_form(mixtures),
             )
-        for m in mixtures:
-            always = None if m.always is None else m.always.gate_up
-            gate_up = m.experts.gate_up
-            moe_gate_up(m.packed, gate_up, None, m.ids, m.hidden, PLAIN_GATE, always=always)
-        for m in mixtures:
-            always = None if m.always is None else m.always.down
-            down = m.experts.down
-            moe_down(m.hidden, down, None, m.ids, m.weights, self.residual, always=always)
-
-    def _mixtures(self, w: LayerWeights) -> list[Mixture]:
-        """The launches of a layer's experts: routed ones first, if it has any; the others with
-        them where that is possible, else after them."""
-        device = self.residual.device
-        count = w.always.gate_up.shape[0]
-        own = (
-            torch.arange(count, dtype=torch.int32, device=device),
-            torch.ones(count, device=device),
-        )
-        if w.routed is None:
-            return [self._mixture(w.always, None, *own)]
-        chosen = self._expert_ids, self._expert_weights
-        joined = can_join(w.routed.gate_up, w.always.gate_up)
-        if joined and can_join(w.routed.down, w.always.down):
-            return [self._mixture(w.routed, w.always, *chosen)]
-        return [self._mixture(w.routed, None, *chosen), self._mixture(w.always, None, *own)]
-
-    def _mixture(
-        self, experts: GatedExperts, always: GatedExperts | None, ids: Tensor, weights: Tensor
-    ) -> Mixture:
-        """With its buffers, which all layers share; routed and others are there at once."""
-        c, device = self.config, self.residual.device
-        outer, inner = experts.gate_up.format, experts.down.format
-        packed_key = (takes_digits(outer),)
-        if packed_key not in self._vectors:
-            self._vectors[packed_key] = packed_vectors(outer, 1, c.model_width, device)
-        count = len(ids) + (0 if always is None else always.gate_up.shape[0])
-        hidden_key = (ids is self._expert_ids, takes_digits(inner), count, experts.width)
-        if hidden_key not in self._vectors:
-            unscale = 1.0 / activation_scale(PLAIN_GATE.limit)
-            self._vectors[hidden_key] = packed_vectors(inner, count, experts.width, device, unscale)
-        vectors = self._vectors[packed_key], self._vectors[hidden_key]
-        return Mixture(experts, always, *vectors, ids, weights)
-
-
-def _project(x: Tensor, weights: Sequence[Matrix], out: Tensor, norm: Tensor, eps: float) -> None:
-    """Projections of the same normed vector, one after the other in `out`."""
-    first = 0
-    for weight in weights:
-        rows = weight.shape[0]
-        gemv(x, weight, out[first : first + rows], norm=norm, eps=eps)
-        first += rows
+        e.run(mixtures, self.residual)

@@ -119,7 +119,7 @@ def _layer(weights: Weights, name: str, config: DeepseekConfig, dtype: torch.dty
     attention = _attention(weights, name + "attention.", config, dtype)
     mlp = name + "mlp."
     if mlp + "gate" in weights:
-        dense = _gated(weights, mlp, 1)
+        dense = gated(weights, mlp, 1)
         return LayerWeights(attention, plain(weights.pop(mlp + "norm")), None, None, None, dense)
     moe = name + "moe."
     bias = weights.pop(moe + "router_bias", None)
@@ -131,7 +131,7 @@ def _layer(weights: Weights, name: str, config: DeepseekConfig, dtype: torch.dty
         routed=GatedExperts(
             as_stack(weights.pop(moe + "gate_up")), as_stack(weights.pop(moe + "down"))
         ),
-        always=_gated(weights, moe + "shared_", config.shared_width // config.expert_width),
+        always=gated(weights, moe + "shared_", config.shared_width // config.expert_width),
     )
 
 
@@ -196,7 +196,7 @@ def _under_each_other(first: Matrix, second: Matrix) -> Matrix | None:
     )
 
 
-def _gated(weights: Weights, name: str, count: int) -> GatedExperts:
+def gated(weights: Weights, name: str, count: int) -> GatedExperts:
     """Gate, up and down of `count` experts side by side, as a stack."""
     gate, up, down = (weights.pop(name + part) for part in ("gate", "up", "down"))
     stacks = None

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from loaders.names.table import LoadPlan
 from loaders.weights import Relayout
-from moe_runtime.gpu import deepseek, deepseek_parts, gpt_oss
-from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.gpu import deepseek, deepseek_parts, deepseek_v4, deepseek_v4_parts, gpt_oss
+from moe_runtime.gpu.captured_step import CapturedStep, Prompts
 from moe_runtime.gpu.step_parts import StepParts
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.plan import MoreBytes
 from quant.formats import QuantFormat
-
-
-class Prompts(Protocol):
-    """Runs prompts through all layers, filling the cache that the decode step goes on with."""
-
-    chunk: int  # tokens that go through the layers at once
-
-    def run(self, token_ids: Tensor) -> Iterator[Tensor]:
-        """Run ids [N] int64 from position 0; yields each chunk's residual, one row a token."""
-        ...
-
-    def head(self, residual: Tensor) -> Tensor:
-        """Logits [T, V] of rows of a residual."""
-        ...
 
 
 class Assemble(Protocol):
@@ -102,4 +87,10 @@ GPU_FAMILIES: Mapping[str, GpuFamily] = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "deepseek_v32": _DEEPSEEK,
+    "deepseek_v4": GpuFamily(
+        deepseek_v4.layer_kinds,
+        deepseek_v4.assemble,
+        deepseek_v4.compile_kernels,
+        StepParts(deepseek_v4_parts.components, deepseek_v4_parts.component_bytes),
+    ),
 }

@@ -30,6 +30,8 @@ from moe_runtime.config import (
 
 FAMILY = "deepseek_v4"
 INDEXED_RATIO = 4  # of the layers whose windows overlap and that have an indexer
+# Of a compressor: maximum, sum and weighted sum of a running softmax, for each part of a window.
+STATE_ROWS = 3
 _LAYER_KINDS = {
     "sliding_attention": None,
     "compressed_sparse_attention": INDEXED_RATIO,
@@ -98,6 +100,11 @@ class DeepseekV4Config(DecoderConfig):
         return self.query_rank + 2 * heads + self.head_width + groups
 
     @property
+    def residual_width(self) -> int:
+        """All streams."""
+        return self.streams * self.model_width
+
+    @property
     def position_width(self) -> int:
         """cos and sin of both ropes."""
         return 2 * self.rotary_width
@@ -113,8 +120,11 @@ class DeepseekV4Config(DecoderConfig):
                 index_bytes = self.index_width * CACHE_ITEM_BYTES
                 parts.append(CachePart(row_bytes, None, ratio, self.index_top_k))
                 parts.append(CachePart(index_bytes, None, ratio))
+                for width in (self.head_width, self.index_width):
+                    parts.append(CachePart(4 * width, state_rows=3 * STATE_ROWS))
             elif ratio:
                 parts.append(CachePart(row_bytes, None, ratio))
+                parts.append(CachePart(4 * self.head_width, state_rows=STATE_ROWS))
         return tuple(parts)
 
     def rope_of(self, layer: int) -> YarnRope:

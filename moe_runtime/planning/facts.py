@@ -42,6 +42,7 @@ _LIMITS = {"num_kv_heads": "num_heads", "max_context": "context", "sliding_windo
 _LARGEST = 1 << 20  # of a size that has no limit of its own
 _ASSUMED_CONTEXT = 131072
 _INDEXED_RATIO = 4  # DeepSeek V4: layers of this ratio choose rows by an indexer
+_STATE_ROWS = 9  # of fp32, kept of an unfinished window and the one before; without overlap a third
 _FULL, _SLIDING, _LINEAR = "full_attention", "sliding_attention", "linear_attention"
 _KINDS = {
     "attention": _FULL,
@@ -59,7 +60,13 @@ class PlannedConfig(DecoderConfig):
     projections: int
     positions: int
     state_bytes: int = 0  # recurrent state of linear attention, read and written for each token
+    streams: int = 1  # residual streams, each of the model's width
     unknown: tuple[str, ...] = ()  # in words
+
+    @property
+    def residual_width(self) -> int:
+        """See DecoderConfig."""
+        return self.streams * self.model_width
 
     @property
     def projection_width(self) -> int:
@@ -175,6 +182,7 @@ def planned_config(
         projections=attention.projections,
         positions=attention.positions,
         state_bytes=attention.state_bytes,
+        streams=facts.whole("hc_mult") or 1,
         unknown=tuple(facts.unknown),
     )
 
@@ -292,16 +300,20 @@ def _compressed(facts: _Facts, layers: int) -> _Attention:
             f"config.json: compress_ratios has {len(ratios)} entries, expected at least {layers}"
         )
     width, window = facts.known("head_width") or 0, facts.known("sliding_window")
-    row, key = CACHE_ITEM_BYTES * width, CACHE_ITEM_BYTES * facts.whole("index_head_dim")
+    index_width = facts.whole("index_head_dim")
+    row, key = CACHE_ITEM_BYTES * width, CACHE_ITEM_BYTES * index_width
     parts = []
     for ratio in ratios[:layers]:
         parts.append(CachePart(row, window=window))
         if ratio == _INDEXED_RATIO:
             parts.append(CachePart(row, None, ratio, facts.whole("index_topk") or None))
             parts.append(CachePart(key, None, ratio))
+            for each in (width, index_width):
+                parts.append(CachePart(4 * each, state_rows=_STATE_ROWS))
         elif ratio:
             parts.append(CachePart(row, None, ratio))
+            parts.append(CachePart(4 * width, state_rows=_STATE_ROWS // 3))
     heads = facts.known("num_heads") or 1
     low_rank = facts.whole("q_lora_rank") + facts.whole("o_groups") * facts.whole("o_lora_rank")
     return _Attention(tuple(parts), 2 * heads * width + width + low_rank,
-                      facts.whole("qk_rope_head_dim"))  # fmt: skip
+                      2 * facts.whole("qk_rope_head_dim"))  # fmt: skip

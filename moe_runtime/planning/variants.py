@@ -131,7 +131,8 @@ def _with_fp8_cache(config: DecoderConfig) -> PlannedConfig:
     """The same model with one byte a cached value; scales are not counted."""
     half = FP8_ROW.value_bits / (8 * CACHE_ITEM_BYTES)
     caches = tuple(
-        replace(part, row_bytes=int(part.row_bytes * half)) for part in config.cache_parts
+        part if part.state_rows else replace(part, row_bytes=int(part.row_bytes * half))
+        for part in config.cache_parts
     )
     if isinstance(config, PlannedConfig):
         return replace(config, caches=caches)
@@ -141,4 +142,5 @@ def _with_fp8_cache(config: DecoderConfig) -> PlannedConfig:
         caches=caches,
         projections=config.projection_width,
         positions=config.position_width,
+        streams=config.residual_width // config.model_width,
     )

@@ -1,10 +1,11 @@
-"""DeepSeek V2 to V3.2 on a GPU: tiny models as they are published, against the reference backend.
+"""DeepSeek V2 to V4 on a GPU: tiny models as they are published, against the reference backend.
 
 Heads, latents and blocks have the published widths, so that the kernels are those of the published
 models. Random weights magnify the rounding of bf16, so there is a comparison in fp32 too.
 """
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.triton_backend import TritonBackend
+from tests.moe_runtime.triton_pairs import widened
 from tests.oracles.tiny_deepseek import V2_LITE, Sizes, write_tiny_deepseek
+from tests.oracles.tiny_deepseek_v4 import sizes_with, write_tiny_deepseek_v4
 from tests.tolerances import TIE_MARGIN, assert_close
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -26,19 +29,33 @@ PUBLISHED = {"heads": 16, "latent": 512, "rotary": 64, "nope": 128, "value": 128
 V3 = replace(Sizes(), **PUBLISHED, d=256, query_rank=128, f=128, w=400)
 V32 = replace(V3, family="deepseek_v32", index_width=128, index_topk=128)
 LITE = replace(V2_LITE, **PUBLISHED, d=256, w=400)
+# The indexer may choose 16 of the 50 rows of 200 tokens; one row of 128.
+V4 = sizes_with(
+    ratios=(0, 4, 128, 4), d=256, heads=16, width=512, rotary=64, query_rank=128, groups=4,
+    output_rank=128, window=128, index_heads=64, index_width=128, top_k=16, experts=16,
+    experts_per_token=6, f=128, hash_layers=1, vocab=512,
+)  # fmt: skip
 CASES = {
-    "v3-fp8": (V3, "fp8"),
-    "v2-bf16": (LITE, "bf16"),
-    "v32-fp8_e8m0": (V32, "fp8_e8m0"),
+    "v3-fp8": partial(write_tiny_deepseek, sizes=V3, format="fp8"),
+    "v2-bf16": partial(write_tiny_deepseek, sizes=LITE, format="bf16"),
+    "v32-fp8_e8m0": partial(write_tiny_deepseek, sizes=V32, format="fp8_e8m0"),
+    "v4-fp4": partial(write_tiny_deepseek_v4, sizes=V4),
+    "v4-fp8": partial(write_tiny_deepseek_v4, sizes=V4, expert_dtype="fp8"),
+}
+# Latents and rows narrow enough for tiles in fp32.
+IN_FP32 = {
+    "v32": partial(
+        write_tiny_deepseek, sizes=replace(V32, latent=128, layers=2), format="fp8_e8m0"
+    ),
+    "v4": partial(write_tiny_deepseek_v4, sizes=replace(V4, width=128)),
 }
 IDS = torch.randint(0, 512, (200,), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 @pytest.fixture(scope="module", params=CASES)
 def models(request, tmp_path_factory):
-    sizes, format = CASES[request.param]
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny_deepseek(folder, sizes, format=format)
+    CASES[request.param](folder)
     with (
         MoeModel.from_pretrained(folder, device="cpu", backend="reference") as reference,
         MoeModel.from_pretrained(folder, device="cuda", backend="triton") as ours,
@@ -64,10 +81,10 @@ def test_steps_against_teacher_forced_logits(models):
     assert_close(actual.exp(), expected.exp(), "model_bf16_random")
 
 
-def test_in_fp32(tmp_path):
+@pytest.mark.parametrize("case", IN_FP32)
+def test_in_fp32(tmp_path, case):
     """Plain weights but those of experts, cache and activations in fp32: an error of 1 % shows."""
-    sizes, format = CASES["v32-fp8_e8m0"]
-    write_tiny_deepseek(tmp_path, replace(sizes, latent=128, layers=2), format=format)
+    IN_FP32[case](tmp_path)
     checkpoint = open_folder(tmp_path)
     opened = plan_model(checkpoint)
     config = opened.config
@@ -75,9 +92,7 @@ def test_in_fp32(tmp_path):
         checkpoint, opened.table, config.dims, config.num_layers, device="cuda", progress=False
     )
     for name, weight in weights.items():
-        is_expert = name.endswith(("gate_up", "down", "gate", "up"))
-        if isinstance(weight, torch.Tensor) and not is_expert:
-            weights[name] = weight.float()
+        weights[name] = widened(name, weight)
     plan = MemoryPlan(config, weights_by_component(opened.plan.nbytes), 256)
     backend = TritonBackend(config, weights, plan, torch.device("cuda"), cache_dtype=torch.float32)
     ids = IDS  # more than the indexer lets a token see

@@ -27,9 +27,11 @@ from triton.runtime.jit import JITFunction
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from kernels import (
+    compressed_rows,
     decode_blocks,
     gemv,
     grouped_router,
+    hyper_connections,
     latent_attention,
     latent_cache,
     latent_index,
@@ -42,6 +44,7 @@ from kernels import (
     router_topk,
     sampling,
     shared_row_attention,
+    shared_rows,
     sink_attention_decode,
     sink_attention_prefill,
 )
@@ -154,6 +157,8 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
 def run_moe_routing(s: Sizes) -> None:
     for experts in (s.E, 4 * s.E):
         moe_routing.route_tokens(fp32(300, experts), s.K, 64)
+    if s is GPT_OSS_20B:  # the most experts that are published, as V4-Pro takes them
+        moe_routing.route_chosen(int32(300, 6), fp32(300, 6), 384, 64)
 
 
 def run_gemv(s: Sizes) -> None:
@@ -251,16 +256,93 @@ def run_latent_index(s: Sizes) -> None:
     latent_index.index_choose(query, fp32(1, 64), cache, position, fp32(1, context), int32(1, 2048))
 
 
+V4_FLASH = Sizes(4096, 2048, 64, 1, 512, 256, 6, 128, 129280, 32768)
+
+
 def run_shared_row_attention(s: Sizes) -> None:
-    """V4-Flash's layers: the window alone, rows that are chosen, all rows."""
+    """V4-Flash's layers, with rows that are chosen and with all; the window alone takes less."""
     if s is not GPT_OSS_20B:
         return
-    scratch = fp32(64, shared_row_attention.SPLITS, 512), fp32(64, shared_row_attention.SPLITS, 2)
-    for ratio, chosen in ((0, None), (4, int32(512)), (128, None)):
+    s = V4_FLASH
+    slots, rope = s.W + 2048, (fp32(s.context, 32), fp32(s.context, 32))
+    scratch = fp32(s.H, shared_row_attention.SPLITS, s.C), fp32(s.H, shared_row_attention.SPLITS, 2)
+    for ratio, top in ((4, 512), (128, 0)):
+        rows = empty(slots + 8192, s.C), int32(1), fp32(s.H), rope
+        sizes = {"slots": slots, "window": s.W, "ratio": ratio}
         shared_row_attention.shared_row_attention_decode(
-            empty(64, 512), empty(128 + 8192, 512), int32(1), fp32(64), fp32(64, 512),
-            window=128, ratio=ratio, acc=scratch[0], stats=scratch[1], chosen=chosen,
+            empty(s.H, s.C), *rows, fp32(s.H, s.C), **sizes, acc=scratch[0], stats=scratch[1],
+            chosen=int32(top) if top else None,
         )  # fmt: skip
+        shared_row_attention.shared_row_attention_prefill(
+            empty(300, s.H, s.C), *rows, empty(300, s.H, s.C), **sizes,
+            chosen=int32(300, top) if top else None,
+        )  # fmt: skip
+
+
+def run_shared_rows(s: Sizes) -> None:
+    """V4-Flash's queries, rows and compressors, for a token and for many."""
+    if s is not GPT_OSS_20B:
+        return
+    s = V4_FLASH
+    rope = fp32(s.context, 32), fp32(s.context, 32)
+    for tokens, dtype in ((1, torch.float32), (300, torch.bfloat16)):
+        shared_rows.shared_rows(
+            empty(tokens, s.H, s.C, dtype=dtype), empty(tokens, s.C, dtype=dtype), empty(s.C),
+            rope, int32(1), empty(s.W + 2048, s.C), empty(tokens, s.H, s.C), eps=1e-6,
+            index_q=empty(tokens, 64, 128, dtype=dtype), index_query=empty(tokens, 64, 128),
+        )  # fmt: skip
+        for ratio, width in ((4, s.C), (128, s.C)):
+            wide, parts = (2 * width, 3) if ratio == 4 else (width, 1)
+            compressed_rows.compressed_rows(
+                empty(tokens, 2 * wide, dtype=dtype), fp32(ratio, wide), empty(width), rope,
+                int32(1), fp32(parts, 3, width), fp32(parts, 3, width), empty(8192, width),
+                eps=1e-6,
+            )  # fmt: skip
+
+
+def run_hyper_connections(s: Sizes) -> None:
+    """V4-Pro's width takes most; V4-Flash's, within the model and behind its last layer."""
+    if s is not GPT_OSS_20B:
+        return
+    for width, functions in ((7168, (24,)), (4096, (24, 4))):
+        for rows in functions:
+            constants = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
+            base, scale = fp32(rows), fp32(3 if rows > 4 else 1)
+            partial = fp32(hyper_connections.num_programs(width), rows + 1)
+            hyper_connections.hyper_step(
+                fp32(4, width), fp32(width), fp32(20), fp32(rows, 4 * width), base, scale,
+                fp32(width), first=False, partial=partial, ticket=int32(1), **constants,
+            )  # fmt: skip
+            streams, mix = fp32(300, 4, width), fp32(300, 20)
+            hyper_connections.hyper_read(streams, fp32(300, rows), base, scale, mix, **constants)
+        hyper_connections.hyper_write(streams, fp32(300, width), mix)
+
+
+def run_v4_flash(s: Sizes) -> None:
+    """Its projections, routers and experts, shared ones in FP8 and routed ones in FP4."""
+    if s is not GPT_OSS_20B:
+        return
+    s = V4_FLASH
+    for rows, columns, groups in (
+        (1536, s.D, 1), (s.H * s.C + 8192, 1024, 1), (8192, s.D, 8), (s.D, 8192, 1)
+    ):  # fmt: skip
+        weight = experts_in(FP8_BLOCK128_E8M0, 1, rows, columns)[0]
+        gemv.gemv(fp32(groups * columns), weight, fp32(rows), groups=groups)
+    gemv.gemv(fp32(s.D), empty(2624, s.D), fp32(2624), norm=empty(s.D), eps=1e-6)
+    fp4, fp8 = (packed_vectors(format, 1, s.D, META) for format in (MXFP4, FP8_BLOCK128_E8M0))
+    for table in (None, empty(s.V, s.K, dtype=torch.int64)):
+        grouped_router.grouped_router(
+            fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E) if table is None else None, eps=1e-6,
+            scores="sqrtsoftplus", num_groups=1, num_limited=1, normalized=True, scale=1.5,
+            logits=fp32(s.E), ticket=int32(1), expert_ids=int32(s.K), expert_weights=fp32(s.K),
+            packed=fp4, also=fp8, token=int32(1), table=table,
+        )  # fmt: skip
+    for format, experts, count, x in ((MXFP4, s.E, s.K, fp4), (FP8_BLOCK128_E8M0, 1, 1, fp8)):
+        hidden = packed_vectors(format, count, s.F, META)
+        gate_up = experts_in(format, experts, 2 * s.F, s.D)
+        down = experts_in(format, experts, s.D, s.F)
+        moe_gemv.moe_gate_up(x, gate_up, None, int32(count), hidden, Swiglu(10.0))
+        moe_gemv.moe_down(hidden, down, None, int32(count), fp32(count), fp32(s.D))
 
 
 def run_grouped_router(s: Sizes) -> None:
@@ -269,7 +351,7 @@ def run_grouped_router(s: Sizes) -> None:
     s = DEEPSEEK_V3
     packed = packed_vectors(FP8_BLOCK128, 1, s.D, META)
     grouped_router.grouped_router(
-        fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E), eps=1e-6, sigmoid=True, num_groups=8,
+        fp32(s.D), empty(s.D), empty(s.E, s.D), fp32(s.E), eps=1e-6, scores="sigmoid", num_groups=8,
         num_limited=4, normalized=True, scale=2.5, logits=fp32(s.E), ticket=int32(1),
         expert_ids=int32(s.K), expert_weights=fp32(s.K), packed=packed,
     )  # fmt: skip
@@ -302,6 +384,9 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sink_attention_decode": run_decode_attention,
     "latent_attention": run_latent_attention,
     "shared_row_attention": run_shared_row_attention,
+    "shared_rows": run_shared_rows,
+    "hyper_connections": run_hyper_connections,
+    "v4_flash": run_v4_flash,
     "grouped_router": run_grouped_router,
     "latent_index": run_latent_index,
     "fp8_blocks": run_fp8_blocks,
@@ -310,8 +395,8 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
 }
 # Further formats, and DeepSeek's kernels, whose FP8 sm_80 has not: to be quick.
 _ONLY_ON_90 = (
-    "expert_formats", "latent_attention", "shared_row_attention", "latent_index",
-    "grouped_router", "fp8_blocks",
+    "expert_formats", "latent_attention", "shared_row_attention", "shared_rows",
+    "hyper_connections", "v4_flash", "latent_index", "grouped_router", "fp8_blocks",
 )  # fmt: skip
 
 

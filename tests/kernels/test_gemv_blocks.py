@@ -34,6 +34,21 @@ def test_against_the_twin(rows, columns, format):
         assert_close(ours, expected, "gemv")
 
 
+@pytest.mark.parametrize("format", [None, FP8_BLOCK128_E8M0], ids=["fp32", "fp8"])
+@pytest.mark.parametrize("rows", [128, 12])
+def test_groups_of_rows(format, rows):
+    """Each of three groups times its own columns; a group of 12 rows ends within a block of 8."""
+    g = torch.Generator(torch.get_default_device()).manual_seed(rows)
+    x, weight = torch.randn(3 * 160, generator=g), torch.randn(3 * rows, 160, generator=g)
+    weight *= torch.rand(3 * rows, 1, generator=g)
+    stored = weight if format is None else encode(weight, format)
+    ours, expected = (run(x, stored, torch.empty(3 * rows), groups=3) for run in (gemv, twin.gemv))
+    assert_close(ours, expected, "gemv")
+    plain = weight if format is None else decode(stored)
+    wanted = [plain[i * rows : (i + 1) * rows] @ x[i * 160 : (i + 1) * 160] for i in range(3)]
+    assert_close(expected, torch.cat(wanted), "gemv")
+
+
 @pytest.mark.parametrize("format", [FP8_BLOCK128, FP8_BLOCK128_E8M0], ids=lambda f: f.name)
 def test_decoded_blocks_are_the_codecs(format):
     weight = encode(

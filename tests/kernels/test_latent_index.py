@@ -1,4 +1,4 @@
-"""V3.2's indexer against its twin, with fp32 data."""
+"""The indexer of V3.2 and V4 against its twin, with fp32 data."""
 
 from contextlib import nullcontext
 
@@ -38,7 +38,7 @@ def test_index_rows():
         assert_close(ours, expected, "gemv")
 
 
-def choose(module, position, count, tokens=1, *, ties=False):
+def choose(module, position, count, tokens=1, *, ties=False, ratio=1):
     query, weights, cache = random(
         position, (tokens, HEADS, WIDTH), (tokens, HEADS), (SLOTS, WIDTH)
     )
@@ -48,7 +48,7 @@ def choose(module, position, count, tokens=1, *, ties=False):
     at = torch.tensor([position], dtype=torch.int32)
     scores = torch.full((tokens, SLOTS), float("nan"))
     chosen = torch.full((tokens, count), -1, dtype=torch.int32)
-    return module.index_choose(query, weights, cache, at, scores, chosen).tolist()
+    return module.index_choose(query, weights, cache, at, scores, chosen, ratio=ratio).tolist()
 
 
 @pytest.mark.parametrize(("position", "count"), [(0, 8), (7, 8), (8, 8), (70, 8), (399, 200)])
@@ -58,6 +58,14 @@ def test_the_best_are_chosen(position, count):
 
 def test_many_tokens():
     assert choose(kernel, 30, 33, tokens=5) == choose(twin, 30, 33, tokens=5)
+
+
+@pytest.mark.parametrize("position", [0, 3, 19, 20, 300])
+def test_rows_of_four_tokens(position):
+    """None, one, fewer than may be chosen, and more; rows that are not finished are not seen."""
+    found = choose(kernel, position, 5, tokens=3, ratio=4)
+    assert found == choose(twin, position, 5, tokens=3, ratio=4)
+    assert max(map(max, found)) < (position + 3) // 4
 
 
 def test_equal_scores_take_the_earlier_token():

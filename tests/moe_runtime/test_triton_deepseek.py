@@ -12,21 +12,23 @@ import torch
 
 from loaders.checkpoint import open_folder
 from loaders.errors import UnsupportedModelError
-from loaders.weights import load_weights
 from moe_runtime.gpu import deepseek
 from moe_runtime.gpu.deepseek_weights import ModelWeights
 from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.gpu.latent_cache import LatentCache
-from moe_runtime.models.reference_model import decoded
 from moe_runtime.models.registry import plan_model
-from moe_runtime.plan import MemoryPlan, weights_by_component
-from moe_runtime.reference_backend import ReferenceBackend
+from moe_runtime.plan import MemoryPlan
 from moe_runtime.roofline import COMPONENTS
 from moe_runtime.sampling import SamplingParams
 from moe_runtime.support import SUPPORTED
-from moe_runtime.triton_backend import TritonBackend
 from quant.formats import BF16, FP8_BLOCK128
-from quant.tensor import QuantTensor
+from tests.moe_runtime.triton_pairs import (
+    check_components_of_launches,
+    flat,
+    form,
+    load,
+    make_pair,
+)
 from tests.oracles.tiny_deepseek import V2_LITE, Sizes, write_tiny_deepseek
 from tests.tolerances import assert_close
 
@@ -55,40 +57,12 @@ CASES = {
 }
 
 
-def is_expert(name):
-    return name.endswith(("gate_up", "down", "gate", "up"))
-
-
-def load(folder):
-    checkpoint = open_folder(folder)
-    opened = plan_model(checkpoint)
-    config = opened.config
-    weights = load_weights(
-        checkpoint, opened.table, config.dims, config.num_layers, device="cpu", progress=False
-    )
-    return opened, weights
-
-
-def backends_of(folder):
-    """The reference and the kernels, over the same weights."""
-    opened, weights = load(folder)
-    for name in filter(is_expert, weights):
-        weights[name] = decoded(weights[name]).bfloat16()
-    plan = MemoryPlan(opened.config, weights_by_component(opened.plan.nbytes), CONTEXT)
-    reference = ReferenceBackend(opened.family.reference(opened.config, weights, CPU), plan)
-    wide = {
-        name: w.float() if isinstance(w, torch.Tensor) and not is_expert(name) else w
-        for name, w in weights.items()
-    }
-    return reference, TritonBackend(opened.config, wide, plan, CPU, cache_dtype=torch.float32)
-
-
 @pytest.fixture(scope="module", params=CASES)
 def pair(request, tmp_path_factory):
     sizes, format = CASES[request.param]
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny_deepseek(folder, sizes, format=format)
-    return backends_of(folder)
+    return make_pair(folder)
 
 
 def test_prefill(pair):
@@ -119,7 +93,7 @@ def test_steps(pair):
 
 def test_an_error_of_one_percent_in_one_weight_shows(tmp_path):
     write_tiny_deepseek(tmp_path, V3, format="fp8")
-    reference, triton = backends_of(tmp_path)
+    reference, triton = make_pair(tmp_path)
     expected = reference.logits(IDS)
     layer = triton._step.weights.layers[1]
     layer.attention.out.scales.mul_(1.01)
@@ -171,20 +145,6 @@ def test_zeros_to_compile_with_are_laid_out_like_the_weights(tmp_path, monkeypat
     assert [form(w) for w in flat(zeros.layers[1])] == [form(w) for w in flat(real.layers[2])]
 
 
-def flat(thing):
-    """All weights of a layer in order."""
-    if thing is None or isinstance(thing, (torch.Tensor, QuantTensor)):
-        return [thing]
-    parts = thing if isinstance(thing, tuple) else vars(thing).values()
-    return [weight for part in parts for weight in flat(part)]
-
-
-def form(weight):
-    if isinstance(weight, QuantTensor):
-        return weight.format, weight.shape, weight.scales.dtype, weight.scales.shape[1:]
-    return None if weight is None else (weight.dtype, weight.shape)
-
-
 @pytest.mark.parametrize("sizes", [V3, V32], ids=lambda sizes: sizes.family)
 def test_the_cache_takes_what_is_planned(tmp_path, sizes):
     write_tiny_deepseek(tmp_path, sizes, format="bf16")
@@ -217,3 +177,7 @@ def test_a_step_is_divided_into_the_bytes_of_its_plan(pair):
     named = set(parts.components(triton.step).values())
     assert named | {"embedding", "norms"} >= {name for name, size in read.items() if size}
     assert named <= set(COMPONENTS)
+
+
+def test_each_launch_has_one_component(pair, monkeypatch):
+    check_components_of_launches(pair[1].step, monkeypatch)

@@ -47,6 +47,7 @@ class Sizes:
     hash_layers: int = 3
     vocab: int = 256
     streams: int = 4
+    sinkhorn_iterations: int = 20
 
 
 def write_tiny_deepseek_v4(
@@ -217,7 +218,7 @@ def published_config(s: Sizes, expert_dtype: str) -> dict[str, Any]:
         "expert_dtype": expert_dtype,
         "hc_eps": 1e-6,
         "hc_mult": s.streams,
-        "hc_sinkhorn_iters": 20,
+        "hc_sinkhorn_iters": s.sinkhorn_iterations,
         "head_dim": s.width,
         "hidden_act": "silu",
         "hidden_size": s.d,
