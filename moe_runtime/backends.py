@@ -90,7 +90,7 @@ def create_backend(
 
         def more(target: torch.device) -> MoreBytes:
             found = MoreBytes()
-            if backend != "reference":
+            if backend != "reference" and has_kernels(config.family):
                 family = GPU_FAMILIES[config.family]
                 found = family.more_bytes(config, family.formats(opened.plan), target, dense)
             return replace(found, packing=max(found.packing, packing))

@@ -11,11 +11,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, pack_experts, tiles_of
 from kernels.persistent.sizes import StepSizes, cdiv
+from kernels.triton_release import TRITON_RELEASE
 from loaders.weights import Relayout
 from moe_runtime.config import ModelConfig
 from quant.formats import MXFP4, QuantFormat
@@ -38,8 +38,8 @@ def why_not(
         return "it needs a GPU"
     if torch.cuda.get_device_capability(device) != _HOPPER:
         return "it is written for Hopper GPUs (H100, H200)"
-    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < _TRITON:
-        return f"it needs Triton 3.6 or later, this is {triton.__version__}"
+    if TRITON_RELEASE < _TRITON:
+        return "it needs Triton 3.6 or later"
     if tuple(formats) != ((MXFP4, MXFP4),):
         return "its experts are not in MXFP4"
     if c.head_width != 64 or c.num_heads // c.num_kv_heads > 14 or c.experts_per_token != 4:

@@ -35,8 +35,8 @@ V4 = sizes_with(
     output_rank=128, window=128, index_heads=64, index_width=128, top_k=16, experts=16,
     experts_per_token=6, f=128, hash_layers=1, vocab=512,
 )  # fmt: skip
-# In bf16 a token takes all experts and sees all rows: rounding sends it to no others. What is chosen
-# is compared in fp32.
+# In bf16 a token takes all experts and sees all rows: rounding sends it to no others.
+# What is chosen is compared in fp32.
 ALL = {"experts": 8, "experts_per_token": 8, "groups": 2, "limited_groups": 2}
 V32_ALL = replace(V32, **ALL, index_topk=256)
 CASES = {

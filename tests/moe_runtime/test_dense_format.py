@@ -22,7 +22,7 @@ from moe_runtime.decode import ModelWeights, zero_weights
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.models.gpt_oss import GptOssReference
 from moe_runtime.models.registry import plan_model
-from moe_runtime.plan import MemoryPlan, fit, weights_by_component
+from moe_runtime.plan import MemoryPlan, MoreBytes, fit, weights_by_component
 from moe_runtime.planning.components import by_component
 from moe_runtime.planning.variants import variants
 from moe_runtime.reference_backend import ReferenceBackend
@@ -98,9 +98,9 @@ def test_memory_while_packing_is_part_of_the_fit(folder):
     opened, _ = loaded(folder)
     weight_bytes = weights_by_component(opened.plan.nbytes)
     room = 10**9
-    plan = replace(plan_of(opened), packing_bytes=room)
+    plan = replace(plan_of(opened), more=MoreBytes(packing=room))
     assert plan.total_bytes > plan_of(opened).total_bytes
-    options = {"max_context": 64, "device": "gpu", "packing_bytes": room}
+    options = {"max_context": 64, "device": "gpu", "more": MoreBytes(packing=room)}
     assert fit(opened.config, weight_bytes, free_bytes=plan.total_bytes, **options) == plan
     with pytest.raises(DoesNotFitError):
         fit(opened.config, weight_bytes, free_bytes=plan.total_bytes - 1, **options)
