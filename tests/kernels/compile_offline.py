@@ -2,10 +2,11 @@
 
     python tests/kernels/compile_offline.py 90          one JSON line for each compiled kernel
 
-LAUNCHES calls each wrapper with tensors on the meta device, in the sizes of gpt-oss-20b and of a
-tiny model; a launch is caught, typed as Triton's launcher would type it, and compiled for the
-architecture asked for. Adding a kernel is adding a row. It runs in a process of its own: the tests
-of values have Triton's interpreter on, and that is decided when Triton is imported.
+LAUNCHES calls each wrapper with tensors on the meta device, in the sizes of gpt-oss-20b and, for
+DeepSeek's kernels, of its models; a launch is caught, typed as Triton's launcher would type it, and
+compiled for the architecture asked for. Adding a kernel is adding a row. It runs in a process of
+its own: the tests of values have Triton's interpreter on, and that is decided when Triton is
+imported.
 """
 
 import json
@@ -51,7 +52,7 @@ from kernels import (
 from kernels.moe_routing import Routing
 from kernels.packed_vector import packed_vectors
 from kernels.swiglu import Swiglu
-from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, MXFP4, MXFP8, NVFP4, QuantFormat
+from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0, MXFP4, NVFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 META = torch.device("meta")
@@ -79,7 +80,6 @@ class Sizes:
 
 
 GPT_OSS_20B = Sizes(2880, 2880, 64, 8, 64, 32, 4, 128, 201088, 131072)
-TINY = Sizes(64, 96, 8, 2, 16, 8, 4, 8, 256, 64)
 
 
 @dataclass(frozen=True)
@@ -157,8 +157,8 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
 def run_moe_routing(s: Sizes) -> None:
     for experts in (s.E, 4 * s.E):
         moe_routing.route_tokens(fp32(300, experts), s.K, 64)
-    if s is GPT_OSS_20B:  # the most experts that are published, as V4-Pro takes them
-        moe_routing.route_chosen(int32(300, 6), fp32(300, 6), 384, 64)
+    # the most experts that are published, as V4-Pro takes them
+    moe_routing.route_chosen(int32(300, 6), fp32(300, 6), 384, 64)
 
 
 def run_gemv(s: Sizes) -> None:
@@ -188,12 +188,11 @@ def run_moe_gemv(s: Sizes, format: QuantFormat = MXFP4) -> None:
 
 
 def run_expert_formats(s: Sizes) -> None:
-    """The tile that takes most registers; what is left out differs in a constant from these."""
-    if s is GPT_OSS_20B:
-        for format in (NVFP4, MXFP8, FP8_BLOCK128, BF16):
-            run_router(s, format)
-            run_moe_gemv(s, format)
-            run_moe_gemm(s, format)
+    """Those that take most registers; what is left out differs in a constant from these."""
+    for format in (NVFP4, FP8_BLOCK128):
+        run_router(s, format)
+        run_moe_gemv(s, format)
+        run_moe_gemm(s, format)
 
 
 def run_decode_attention(s: Sizes) -> None:
@@ -221,8 +220,6 @@ DEEPSEEK_V3 = Sizes(7168, 2048, 128, 1, 576, 256, 8, 0, 129280, 4096)
 
 def run_latent_attention(s: Sizes) -> None:
     """Attention over chosen rows takes more registers than over all."""
-    if s is not GPT_OSS_20B:
-        return
     s = DEEPSEEK_V3
     cache, position, query = empty(s.context, 576), int32(1), empty(s.H, 576)
     rope = fp32(s.context, 32), fp32(s.context, 32)
@@ -245,8 +242,6 @@ def run_latent_attention(s: Sizes) -> None:
 
 
 def run_latent_index(s: Sizes) -> None:
-    if s is not GPT_OSS_20B:
-        return
     context, position = 32768, int32(1)
     cache, query = empty(context, 128), empty(1, 64, 128)
     latent_index.index_rows(
@@ -261,8 +256,6 @@ V4_FLASH = Sizes(4096, 2048, 64, 1, 512, 256, 6, 128, 129280, 32768)
 
 def run_shared_row_attention(s: Sizes) -> None:
     """V4-Flash's layers, with rows that are chosen and with all; the window alone takes less."""
-    if s is not GPT_OSS_20B:
-        return
     s = V4_FLASH
     slots, rope = s.W + 2048, (fp32(s.context, 32), fp32(s.context, 32))
     scratch = fp32(s.H, shared_row_attention.SPLITS, s.C), fp32(s.H, shared_row_attention.SPLITS, 2)
@@ -281,8 +274,6 @@ def run_shared_row_attention(s: Sizes) -> None:
 
 def run_shared_rows(s: Sizes) -> None:
     """V4-Flash's queries, rows and compressors, for a token and for many."""
-    if s is not GPT_OSS_20B:
-        return
     s = V4_FLASH
     rope = fp32(s.context, 32), fp32(s.context, 32)
     for tokens, dtype in ((1, torch.float32), (300, torch.bfloat16)):
@@ -302,8 +293,6 @@ def run_shared_rows(s: Sizes) -> None:
 
 def run_hyper_connections(s: Sizes) -> None:
     """V4-Pro's width takes most; V4-Flash's, within the model and behind its last layer."""
-    if s is not GPT_OSS_20B:
-        return
     for width, functions in ((7168, (24,)), (4096, (24, 4))):
         for rows in functions:
             constants = {"iterations": 20, "eps": 1e-6, "norm_eps": 1e-6}
@@ -320,8 +309,6 @@ def run_hyper_connections(s: Sizes) -> None:
 
 def run_v4_flash(s: Sizes) -> None:
     """Its projections, routers and experts, shared ones in FP8 and routed ones in FP4."""
-    if s is not GPT_OSS_20B:
-        return
     s = V4_FLASH
     for rows, columns, groups in (
         (1536, s.D, 1), (s.H * s.C + 8192, 1024, 1), (8192, s.D, 8), (s.D, 8192, 1)
@@ -346,8 +333,6 @@ def run_v4_flash(s: Sizes) -> None:
 
 
 def run_grouped_router(s: Sizes) -> None:
-    if s is not GPT_OSS_20B:
-        return
     s = DEEPSEEK_V3
     packed = packed_vectors(FP8_BLOCK128, 1, s.D, META)
     grouped_router.grouped_router(
@@ -360,8 +345,6 @@ def run_grouped_router(s: Sizes) -> None:
 
 def run_fp8_blocks(s: Sizes) -> None:
     """Rows of two lengths; and plain rows that are longer than GPT-OSS has."""
-    if s is not GPT_OSS_20B:
-        return
     s = DEEPSEEK_V3
     weight = experts_in(FP8_BLOCK128, 1, 2112, s.D)[0]
     gemv.gemv(fp32(s.D), weight, fp32(2112), norm=empty(s.D), eps=1e-6)
@@ -393,17 +376,14 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sampling": run_sampling,
     "read_bandwidth": run_read_bandwidth,
 }
-# Further formats, and DeepSeek's kernels, whose FP8 sm_80 has not: to be quick.
-_ONLY_ON_90 = (
-    "expert_formats", "latent_attention", "shared_row_attention", "shared_rows",
-    "hyper_connections", "v4_flash", "latent_index", "grouped_router", "fp8_blocks",
-)  # fmt: skip
+# On other architectures than sm_90, to be quick: what has matrix products, which differ most.
+_ELSEWHERE = ("sink_attention_prefill", "moe_gemm", "moe_gemv")
 
 
 def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
-    """Compile what the rows of LAUNCHES launch; the tiny model on sm_90 alone.
+    """Compile what the rows of LAUNCHES launch.
 
-    rows: default all, on other architectures than sm_90 without _ONLY_ON_90
+    rows: default all, on other architectures than sm_90 those of _ELSEWHERE
     """
     compiled: dict[str, Compiled] = {}
 
@@ -417,9 +397,8 @@ def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:
 
     launch, JITFunction.run = JITFunction.run, catch
     try:
-        for row in rows or [r for r in LAUNCHES if arch == 90 or r not in _ONLY_ON_90]:
-            for sizes in (GPT_OSS_20B, TINY) if arch == 90 else (GPT_OSS_20B,):
-                LAUNCHES[row](sizes)
+        for row in rows or (LAUNCHES if arch == 90 else _ELSEWHERE):
+            LAUNCHES[row](GPT_OSS_20B)
     finally:
         JITFunction.run = launch
     return list(compiled.values())
