@@ -17,10 +17,10 @@ EXPERTS = {"gpt-oss-20b": 32, "gpt-oss-120b": 128}
 CONTEXT = 16384
 
 
-def sizes(experts: int) -> StepSizes:
+def sizes(experts: int, fp8: bool) -> StepSizes:
     found = StepSizes(
         layers=2, width=2880, heads=64, kv_heads=8, head_width=64, experts=experts, top_k=4,
-        hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=True,
+        hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=fp8,
         programs=torch.cuda.get_device_properties(0).multi_processor_count,
     )  # fmt: skip
     return found.with_rings(227 << 10)
@@ -36,9 +36,10 @@ class Step:
         self.token = torch.tensor([17], dtype=torch.int32, device="cuda")
         self.position = torch.zeros(1, dtype=torch.int32, device="cuda")
         self.logits = torch.zeros(model.sizes.vocabulary, device="cuda")
+        self._cache = model.cache.clone()
         self._tensors = launch.arguments(
             model.weights, model.buffers, self.token, self.position, model.rope,
-            model.cache.clone(), model.table, self.logits,
+            self._cache, model.table, self.logits,
         )  # fmt: skip
         self._descriptors = launch.descriptors(model.weights)
 
@@ -46,6 +47,7 @@ class Step:
         self._launch.launch(self.model.sizes, self._tensors, self._descriptors)
 
     def at(self, position: int) -> torch.Tensor:
+        self._cache.copy_(self.model.cache)  # without the rows that other positions wrote
         self.position.fill_(position)
         self.logits.fill_(float("nan"))
         self.launch()
@@ -56,7 +58,7 @@ class Step:
 @pytest.fixture(scope="module", params=[("gpt-oss-20b", True), ("gpt-oss-120b", False)], ids=str)
 def step(request):
     name, fp8 = request.param
-    return Step(step_model(sizes(EXPERTS[name]), fp8=fp8, device="cuda", context=CONTEXT))
+    return Step(step_model(sizes(EXPERTS[name], fp8), fp8=fp8, device="cuda", context=CONTEXT))
 
 
 @pytest.mark.parametrize("position", [0, 5, 127, 128, 300, 8191, 16000])
@@ -99,7 +101,7 @@ from tests.gpu.test_persistent_step import Step, sizes
 from tests.oracles.step_model import step_model
 from kernels.persistent.launch import launch, phase_stamps, phases
 from kernels.persistent.watch import where_programs_stand
-step = Step(step_model(sizes(32), fp8=True, device="cuda", context=512))
+step = Step(step_model(sizes(32, True), fp8=True, device="cuda", context=512))
 step.at(5)
 step.model.buffers.sums[step.model.buffers.sums.numel() // 2 + 70] += 1  # one contribution too many
 stamps = phase_stamps(step.model.sizes)
