@@ -79,10 +79,11 @@ def decode_chunk(tile_ptr, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexp
     word = tl.arange(0, 16)
     words_ptr = tile_ptr.to(tl.pointer_type(tl.int32)) + chunk * (ROWS * 8)
     words = tl.load(words_ptr + pair[:, None] * 16 + word[None, :])
-    # Scales: bytes of words of four groups, [words, rows]; a chunk has two groups.
-    group = chunk * 2 + tl.arange(0, 2)
+    # Scales: bytes of words, [words, rows]. A chunk's groups are in two words, the last's in one.
+    second = tl.arange(0, 2)
     row = pair // 8 * 16 + pair % 8
-    scales = tile_ptr + CHUNKS * ROWS * 32 + (group // 4 * (ROWS * 4) + group % 4)[None, :]
+    place = tl.where(chunk < 4, second * (ROWS * 4) + chunk, 2 * (ROWS * 4) + second)
+    scales = tile_ptr + CHUNKS * ROWS * 32 + place[None, :]
     first = tl.load(scales + row[:, None] * 4)
     second = tl.load(scales + (row + 8)[:, None] * 4)
     if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic

@@ -2,7 +2,9 @@
 
 The weights are the operand of 128 rows; the vector stands in columns of the other, as three terms
 that add up to it: of bf16, or of E4M3, each 2^-4 of the last (12 bits in all, as fp16 has). A slice
-has one power of two in front, so that E4M3 holds its largest number.
+has one power of two in front, so that E4M3 holds its largest number. In E4M3 groups of 32 with an
+even number stand in columns 0 to 2, the others in columns 4 to 6: two of an expert's groups share
+an instruction's sums and keep apart what their scales multiply.
 
 E2M1 codes become E4M3 in registers: value times 2^-6, exact. A 32-bit word holds eight codes, four
 of row r in bits 7 and 4..2 of its bytes, four of row r + 8 in bit 5 and bits 6, 1, 0.
@@ -45,29 +47,15 @@ def decode_words(words):
 
 @gluon.jit
 def _chunk(words, xs, x, zero):
+    """Sums of two groups: columns 0 to 3 of the one, 4 to 7 of the other."""
     a0, a1 = decode_words(words)
-    p0 = warpgroup_mma(
-        a0,
-        xs.index(x).permute([1, 0]),
-        zero,
-        use_acc=False,
-        max_num_imprecise_acc=32,
-        is_async=True,
-    )
-    p1 = warpgroup_mma(
-        a1,
-        xs.index(x + 1).permute([1, 0]),
-        zero,
-        use_acc=False,
-        max_num_imprecise_acc=32,
-        is_async=True,
-    )
-    return p0, p1
+    p = warpgroup_mma(a0, xs.index(x).permute([1, 0]), zero, use_acc=False, is_async=True)
+    return warpgroup_mma(a1, xs.index(x + 1).permute([1, 0]), p, is_async=True)
 
 
 @gluon.jit
 def _scale(words, BYTE: gl.constexpr):
-    """Byte of each word as the power of two that it stands for."""
+    """Byte of each word [128, 2] as the power of two that it stands for."""
     if BYTE == 0:
         bits = (words & 0xFF) << 23
     elif BYTE == 1:
@@ -76,46 +64,66 @@ def _scale(words, BYTE: gl.constexpr):
         bits = (words & 0xFF0000) << 7
     else:
         bits = (words >> 1) & 0x7F800000
-    return bits.to(gl.float32, bitcast=True)[:, None]
+    return bits.to(gl.float32, bitcast=True)[:, :, None]
+
+
+# As the layout of sums [128, 8], of which eight columns are two groups of four: a thread has two
+# columns of rows r and r + 8, and four threads have those rows.
+SUMS_OF_PAIRS = gl.constexpr(
+    gl.DistributedLinearLayout(
+        [[0, 0, 1], [8, 0, 0]], [[0, 0, 2], [0, 1, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+        [[16, 0, 0], [32, 0, 0], [64, 0, 0]], [], [128, 2, 4],
+    )
+)  # fmt: skip
 
 
 @gluon.jit
-def start_expert(big, small, scales, xs, x, slot, zero):
-    """Start the products of one tile of MXFP4: 320 columns, ten groups; and read its scales.
+def _scaled_pair(p, scale):
+    """Sums of two groups, each with its scale [128, 2, 1], as [128, 2, 4]."""
+    return gl.convert_layout(p.reshape([128, 2, 4]), SUMS_OF_PAIRS, assert_trivial=True) * scale
 
-    big, small, scales: the ring's slots as words
-    xs: [.., 8, 32] E4M3 terms, x: the first group of the slice
+
+@gluon.jit
+def load_expert_tile(big, small, scales, last_scales, slot):
+    """Words of codes of one tile of MXFP4, of scales, and of the last scales and biases.
+
+    big, small: the ring's slots as words
+    scales: [.., 2, 128], a slot's first: of groups 0, 2, 4, 6 and of 1, 3, 5, 7
+    last_scales: [.., 128], a slot's third: of groups 8 and 9, and the bias
+    """
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [8, 1, 1, 1], [3, 2, 1, 0])
+    PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
+    w0, w1 = big.index(slot * 4).load(WORDS), big.index(slot * 4 + 1).load(WORDS)
+    w2, w3 = big.index(slot * 4 + 2).load(WORDS), big.index(slot * 4 + 3).load(WORDS)
+    w4 = small.index(slot).load(WORDS)
+    s = scales.index(slot * 2).permute([1, 0]).load(PAIRS)
+    rest = last_scales.index(slot * 4 + 2).load(gl.SliceLayout(1, PAIRS))
+    return w0, w1, w2, w3, w4, s, rest
+
+
+@gluon.jit
+def multiply_expert_tile(tile, xs, zero):
+    """Sums [128, 8] of a loaded tile, 320 columns, and the biases [128] that it carries.
+
+    xs: the slice of the vector as E4M3 terms, [.., 8, 32]
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
-    WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [8, 1, 1, 1], [3, 2, 1, 0])
-    ROWS: gl.constexpr = gl.SliceLayout(1, MMA)
-    s0 = scales.index(slot * 4).load(ROWS)
-    s1 = scales.index(slot * 4 + 1).load(ROWS)
-    s2 = scales.index(slot * 4 + 2).load(ROWS)
-    p0, p1 = _chunk(big.index(slot * 4).load(WORDS), xs, x, zero)
-    p2, p3 = _chunk(big.index(slot * 4 + 1).load(WORDS), xs, x + 2, zero)
-    p4, p5 = _chunk(big.index(slot * 4 + 2).load(WORDS), xs, x + 4, zero)
-    p6, p7 = _chunk(big.index(slot * 4 + 3).load(WORDS), xs, x + 6, zero)
-    p8, p9 = _chunk(small.index(slot).load(WORDS), xs, x + 8, zero)
-    return (p0, p1, p2, p3, p4, p5, p6, p7, p8, p9), (s0, s1, s2)
-
-
-@gluon.jit
-def finish_expert(p, s):
-    """Sums [128, 8] of ten groups, each with its scale."""
-    acc = p[0] * _scale(s[0], 0) + p[1] * _scale(s[0], 1)
-    acc += p[2] * _scale(s[0], 2) + p[3] * _scale(s[0], 3)
-    acc += p[4] * _scale(s[1], 0) + p[5] * _scale(s[1], 1)
-    acc += p[6] * _scale(s[1], 2) + p[7] * _scale(s[1], 3)
-    return acc + p[8] * _scale(s[2], 0) + p[9] * _scale(s[2], 1)
-
-
-@gluon.jit
-def expert_tile(big, small, scales, xs, x, slot, zero):
-    """Sums [128, 8] of one tile of MXFP4, and the biases [128] that it carries."""
-    p, s = start_expert(big, small, scales, xs, x, slot, zero)
-    p = warpgroup_mma_wait(0, deps=[p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], p[8], p[9]])
-    return finish_expert(p, s), (s[2] & -65536).to(gl.float32, bitcast=True)
+    PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
+    w0, w1, w2, w3, w4, s, rest = tile
+    p0, p1 = _chunk(w0, xs, 0, zero), _chunk(w1, xs, 2, zero)
+    p2, p3 = _chunk(w2, xs, 4, zero), _chunk(w3, xs, 6, zero)
+    p4 = _chunk(w4, xs, 8, zero)
+    p0, p1, p2, p3 = warpgroup_mma_wait(2, deps=[p0, p1, p2, p3])
+    acc = _scaled_pair(p0, _scale(s, 0)) + _scaled_pair(p1, _scale(s, 1))
+    acc += _scaled_pair(p2, _scale(s, 2))
+    acc += _scaled_pair(p3, _scale(s, 3))
+    shift = 23 - 8 * gl.arange(0, 2, layout=gl.SliceLayout(0, PAIRS))
+    last = ((rest[:, None] << shift[None, :]) & 0x7F800000).to(gl.float32, bitcast=True)
+    p4 = warpgroup_mma_wait(0, deps=[p4])
+    acc += _scaled_pair(p4, last[:, :, None])
+    acc = gl.convert_layout(acc.reshape([128, 8]), MMA, assert_trivial=True)
+    bias = (rest & -65536).to(gl.float32, bitcast=True)
+    return acc, gl.convert_layout(bias, gl.SliceLayout(1, MMA), assert_trivial=True)
 
 
 @gluon.jit
@@ -156,14 +164,25 @@ def _term(v):
 
 @gluon.jit
 def store_fp8_terms(v, xs, GROUPS: gl.constexpr):
-    """v [GROUPS, 32] below 448 as E4M3 terms in xs [GROUPS, 8, 32]."""
+    """v [GROUPS, 32] below 448 as E4M3 terms in xs [GROUPS, 8, 32], in columns by the group."""
     b0, h0 = _term(v)
     r1 = (v - h0) * 16.0
     b1, h1 = _term(r1)
     r2 = (r1 - h1) * 16.0
     b2, _ = _term(r2)
-    t = gl.join(gl.join(b0, b2), gl.join(b1, gl.zeros_like(b1))).reshape([GROUPS, 32, 4])
-    t = gl.join(t, gl.zeros_like(t)).permute([0, 3, 2, 1]).reshape([GROUPS, 8, 32])
+    ROWS: gl.constexpr = gl.SliceLayout(1, gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0]))
+    odd = (gl.arange(0, GROUPS, layout=ROWS) & 1)[:, None] == 1
+    none = gl.zeros_like(b0)
+    even_terms = gl.join(
+        gl.join(gl.where(odd, none, b0), gl.where(odd, none, b2)),
+        gl.join(gl.where(odd, none, b1), none),
+    )
+    odd_terms = gl.join(
+        gl.join(gl.where(odd, b0, none), gl.where(odd, b2, none)),
+        gl.join(gl.where(odd, b1, none), none),
+    )
+    t = gl.join(even_terms.reshape([GROUPS, 32, 4]), odd_terms.reshape([GROUPS, 32, 4]))
+    t = t.permute([0, 3, 2, 1]).reshape([GROUPS, 8, 32])
     xs.store(t.to(gl.float8e4nv, bitcast=True))
 
 
@@ -184,8 +203,9 @@ def row_sums(acc, MMA: gl.constexpr, FP8: gl.constexpr):
     """Sums [128] of the terms in [128, 8]."""
     column = gl.arange(0, 8, layout=gl.SliceLayout(0, MMA))
     if FP8:
-        weight = gl.where(column == 0, 1.0, gl.where(column == 1, 0.0625, 0.00390625))
-        weight = gl.where(column < 3, weight, 0.0)
+        term = column & 3
+        weight = gl.where(term == 0, 1.0, gl.where(term == 1, 0.0625, 0.00390625))
+        weight = gl.where(term < 3, weight, 0.0)
     else:
         weight = gl.where(column < 3, 1.0, 0.0)
     return gl.sum(acc * weight[None, :], 1)

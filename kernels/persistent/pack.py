@@ -4,8 +4,8 @@
              a row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
     experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words
-             of scales, 4 groups of 32 columns in each. The last word has two groups only: above
-             them is the row's bias in bf16, zero but in the first column of tiles
+             of scales: groups 0, 2, 4, 6 of 32 columns, then 1, 3, 5, 7, then 8 and 9. Above these
+             two is the row's bias in bf16, zero but in the first column of tiles
 
 A chunk of an expert is [8 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
 the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:
@@ -31,6 +31,7 @@ from kernels.persistent.sizes import (
 )
 
 _TILE_CODES = PIECE_CHUNKS * CHUNK_BYTES
+_GROUP_ORDER = [0, 2, 4, 6, 1, 3, 5, 7, 8, 9]  # of the scales of a row
 EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * TILE_ROWS * 4
 
 
@@ -128,7 +129,8 @@ def pack_experts(values: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
     groups = TILE_COLUMNS // 32
     scales = padded(scales, blocks * TILE_ROWS, columns * groups)
     scales = scales.view(experts, blocks, TILE_ROWS, columns, groups).permute(0, 3, 1, 2, 4)
-    words = padded(scales, TILE_ROWS, SCALE_WORDS * 4).unflatten(-1, (SCALE_WORDS, 4))
+    words = padded(scales[..., _GROUP_ORDER], TILE_ROWS, SCALE_WORDS * 4)
+    words = words.unflatten(-1, (SCALE_WORDS, 4))
     words = words.movedim(-2, -3).contiguous()  # expert, column, block, word, row, byte
     bias = padded(bias[:, None], 1, blocks * TILE_ROWS).view(experts, blocks, TILE_ROWS, 1)
     words[:, 0, :, -1, :, 2:] = bias.view(torch.uint8)
@@ -150,7 +152,8 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     values = (codes[..., 0] | (codes[..., 1] << 4))[:, :rows, : columns // 2]
     words = tiles[..., _TILE_CODES:].reshape(experts, across, down, SCALE_WORDS, TILE_ROWS, 4)
     bias = words[:, 0, :, -1, :, 2:].contiguous().view(torch.bfloat16).reshape(experts, -1)
-    scales = words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32]
+    scales = torch.empty_like(words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32])
+    scales[..., _GROUP_ORDER] = words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32]
     scales = scales.permute(0, 2, 3, 1, 4).reshape(experts, down * TILE_ROWS, -1)
     scales = scales[:, :rows, : columns // 32]
     return values.contiguous(), scales.contiguous(), bias[:, :rows].contiguous()

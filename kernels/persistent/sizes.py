@@ -176,7 +176,7 @@ class StepSizes:
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
         rings = self.dense_slots * DENSE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
-        slices = 2 * self.slice_groups * 256
+        slices = self.slice_groups * 256
         return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + OTHER_BYTES
 
     @property

@@ -40,7 +40,8 @@ from kernels.persistent.exchange import (
 from kernels.persistent.gluon_names import copy_rows, seen_as, wait_for_warps
 from kernels.persistent.multiply import (
     dense_piece,
-    expert_tile,
+    load_expert_tile,
+    multiply_expert_tile,
     power_of_two_for,
     row_sums,
     store_bf16_terms,
@@ -747,8 +748,8 @@ def _expert_tiles(
     big,
     small,
     scales,
+    last_scales,
     xs,
-    x,
     full,
     empty,
     sums,
@@ -760,12 +761,14 @@ def _expert_tiles(
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     for block in range(first, last):
         slot = _wait_full(full, n, S.expert_slots)
-        acc, bias = expert_tile(big, small, scales, xs, x, slot, zero)
+        tile = load_expert_tile(big, small, scales, last_scales, slot)
         mbarrier.arrive(empty.index(slot), count=1)
+        acc, bias = multiply_expert_tile(tile, xs, zero)
         value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
         row = block * 128 + gl.arange(0, 128, layout=ROW)
         add_to_sums(sums + row, value, 1, row < limit)
         n += 1
+    wait_for_warps()  # the slice may be written again
     return n
 
 
@@ -866,27 +869,28 @@ def consumer(
     SLOTS: gl.constexpr = S.dense_slots
     COLUMNS: gl.constexpr = S.width_columns
     APART: gl.constexpr = S.slice_groups
-    # The head's slices stand where the experts' tiles did. Two slices in xs: of this phase and of
-    # the next, for warps that are behind.
+    # The head's slices stand where the experts' tiles did. All other phases have one slice in xs, at
+    # an address that is known to the compiler, so that what names it to the tensor cores is too.
     if S.fp8:
         big = seen_as(dbig, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED8)
         small = seen_as(dsmall, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED8)
-        xd = seen_as(xs, gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
-        xstore = seen_as(xs, gl.float8e4nv, [2, APART, 8, 32], SWIZZLED8_3)
+        xd = seen_as(xs, gl.float8e4nv, [APART, 8, 32], SWIZZLED8)
+        xstore = seen_as(xs, gl.float8e4nv, [1, APART, 8, 32], SWIZZLED8_3)
         xh = seen_as(ebig, gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
         hstore = seen_as(ebig, gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
     else:
         big = seen_as(dbig, gl.bfloat16, [SLOTS * 8, 128, 16], SWIZZLED16)
         small = seen_as(dsmall, gl.bfloat16, [SLOTS * 2, 128, 16], SWIZZLED16)
-        xd = seen_as(xs, gl.bfloat16, [2 * APART, 8, 16], SWIZZLED16)
-        xstore = seen_as(xs, gl.bfloat16, [2, APART, 8, 16], SWIZZLED16_3)
+        xd = seen_as(xs, gl.bfloat16, [APART, 8, 16], SWIZZLED16)
+        xstore = seen_as(xs, gl.bfloat16, [1, APART, 8, 16], SWIZZLED16_3)
         xh = seen_as(ebig, gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
         hstore = seen_as(ebig, gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
-    xe = seen_as(xs, gl.float8e4nv, [2 * APART, 8, 32], SWIZZLED8)
-    estore = seen_as(xs, gl.float8e4nv, [APART // 8, 16, 8, 32], SWIZZLED8_3)
+    xe = seen_as(xs, gl.float8e4nv, [APART, 8, 32], SWIZZLED8)
+    estore = seen_as(xs, gl.float8e4nv, [1, 16, 8, 32], SWIZZLED8_3)
     wbig = seen_as(ebig, gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
     wsmall = seen_as(esmall, gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
-    wscales = seen_as(escales, gl.int32, [S.expert_slots * 4, 128], FLAT)
+    wscales = seen_as(escales, gl.int32, [S.expert_slots * 2, 2, 128], FLAT2)
+    wlast = seen_as(escales, gl.int32, [S.expert_slots * 4, 128], FLAT)
 
     staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
     numbers = seen_as(qs, gl.float32, [256], FLAT)
@@ -963,7 +967,7 @@ def consumer(
                     # The residual may change when all programs have read it.
                     wait_for_all_to_sign(signed, (layer + 1) * S.programs)
                     x = _attention_slice(attention, tag, out_column, S)
-                unscale = _store_dense(x, xstore, half, S)
+                unscale = _store_dense(x, xstore, 0, S)
             _slice_stored()
             if half == 0:
                 sign(signed)
@@ -978,7 +982,7 @@ def consumer(
                 big,
                 small,
                 xd,
-                half * APART,
+                0,
                 dfull,
                 dempty,
                 rows,
@@ -1008,7 +1012,7 @@ def consumer(
                     at = gate_up + place * (S.gate_up_blocks * 128)
                     x, old_gate, old_up = _down_slice(at, old_gate, old_up, factor, column, S)
                 x, unscale = _scaled(x)
-                store_fp8_terms(x, estore.index(half * (APART // 16)), 16)
+                store_fp8_terms(x, estore.index(0), 16)
                 unscale *= 64.0
             if half == 0:
                 ids, mixing, factor, old_router = choose(
@@ -1039,8 +1043,8 @@ def consumer(
             en = _expert_tiles(
                 first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),
                 gl.where(half == 0, 1.0, pick(place, mixing)),
-                gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, xe,
-                half * APART, efull, eempty, sums_at, S,
+                gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, wlast,
+                xe, efull, eempty, sums_at, S,
             )  # fmt: skip
             stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.top_k * S.down_columns
@@ -1084,7 +1088,7 @@ def step_kernel(
     esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, 16, 256], PLAIN)
     escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, 8, 256], PLAIN)
     APART: gl.constexpr = S.slice_groups
-    xs = gl.allocate_shared_memory(gl.float8e4nv, [2, APART, 8, 32], THREE)
+    xs = gl.allocate_shared_memory(gl.float8e4nv, [1, APART, 8, 32], THREE)
     hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
     chosen = gl.allocate_shared_memory(gl.int32, [4, 1], LINE)
     ROWS: gl.constexpr = 2 * S.most_blocks

@@ -308,8 +308,10 @@ class Emulated:
         self.modules: dict[str, types.ModuleType] = {}
         for name, dtype in TYPES.items():
             setattr(self, name, dtype)
-        for name in ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout",
-                     "SwizzledSharedLayout"):  # fmt: skip
+        for name in (
+            "BlockedLayout", "DistributedLinearLayout", "SliceLayout", "DotOperandLayout",
+            "NVMMADistributedLayout", "SwizzledSharedLayout",
+        ):  # fmt: skip
             setattr(self, name, Layout)
         self.NVMMASharedLayout = NVMMASharedLayout
         self.barrier = lambda: None

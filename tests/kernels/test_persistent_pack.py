@@ -77,7 +77,8 @@ def test_experts_stand_as_the_words_are_described():
         high = (byte >> 2 & 8) | (byte >> 4 & 4) | (byte & 3)
         assert (high if upper else lower) == code
         group = c // 32
-        at = 5 * 4096 + group // 4 * 512 + r * 4 + group % 4
+        word, byte = (group % 2, group // 2) if group < 8 else (2, group - 8)
+        at = 5 * 4096 + word * 512 + r * 4 + byte
         assert tiles[tile, at] == scales[0, row, column // 32]
         if column < 320:
             two = tiles[tile, 5 * 4096 + 2 * 512 + r * 4 + 2 :][:2].to(torch.uint8)
