@@ -13,6 +13,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kernels.launch_trace import traced_parts
 from kernels.persistent.sizes import PHASES, ROUTER_COLUMNS, ROW_BYTES, TILE_ROWS, StepSizes, cdiv
 from kernels.persistent.step import step_kernel
+from kernels.sampling import SamplingState
 
 CACHE_UNIT = 64  # numbers in which the cache table counts
 
@@ -51,7 +52,7 @@ class StepBuffers:
         s = sizes
         blocks = s.out_blocks + s.qkv_blocks + s.top_k * s.gate_up_blocks
         words = blocks * TILE_ROWS + padded_experts(s) + 2
-        parts = s.splits * (s.attention_width + 2 * s.heads)
+        parts = s.splits * (s.attention_width + 2 * s.heads) + 8 * s.programs
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(2 * words, dtype=torch.int64, device=device),
@@ -76,8 +77,7 @@ def pack_router(router: Tensor) -> Tensor:
 def arguments(
     weights: StepWeights,
     buffers: StepBuffers,
-    token: Tensor,
-    position: Tensor,
+    state: SamplingState,
     rope: tuple[Tensor, Tensor],
     cache: Tensor,
     cache_table: Tensor,
@@ -85,7 +85,7 @@ def arguments(
 ) -> tuple[Tensor, ...]:
     """The kernel's tensors in its order, without descriptors.
 
-    token, position:  [1] int32
+    state:            the token, its position and what the draw needs; the draw moves it on
     rope:             cosines and sines [positions, C / 2] fp32
     cache:            all layers' keys and values in one buffer, bf16
     cache_table:      [L, 4] int64: where keys and values of a layer begin, in units of 64 numbers,
@@ -94,7 +94,9 @@ def arguments(
     """
     w = weights
     return (
-        token, position, buffers.counter, w.embedding, w.norms, w.moe_norms, w.final_norm,
+        state.token, state.position, state.settings, state.seed, state.step, state.seen,
+        state.history, state.logprobs, buffers.counter, w.embedding, w.norms, w.moe_norms,
+        w.final_norm,
         w.qkv_scale, w.qkv_bias, w.sinks, w.out_scale, w.out_bias, w.router, w.router_bias,
         w.head_scale, *rope, cache, cache_table, buffers.sums,
         buffers.tagged, logits,
@@ -119,13 +121,17 @@ def launch(
     tensors: tuple[Tensor, ...],
     descs: tuple[TensorDescriptor, ...],
     stamps: Tensor | None = None,
+    *,
+    draws: bool,
 ) -> None:
     """One step: logits of the token at its position; reads every active weight once.
 
     tensors, descs:  of arguments() and descriptors()
+    draws:           whether the next token is drawn from them, of a distribution that is not cut;
+                     else the request's state stays as it is
     stamps:          of phase_stamps(), written: a build of its own, somewhat slower
     """
-    step_kernel[(sizes.programs,)](*tensors, *descs, stamps, **_options(sizes))
+    step_kernel[(sizes.programs,)](*tensors, *descs, stamps, int(draws), **_options(sizes))
 
 
 @traced_parts(step_kernel)
@@ -154,9 +160,13 @@ def compile_step(sizes: StepSizes, device: torch.device) -> None:
         bf16, plain, plain, bf16, bf16, bf16, fp32, bf16, bf16, fp32, bf16, bf16, bf16, fp32
     )  # fmt: skip
     buffers = StepBuffers(int32, int64, int64)
-    tensors = arguments(weights, buffers, int32, int32, (fp32, fp32), bf16, int64, fp32)
+    state = SamplingState(
+        settings=fp32, seed=int64, step=int32, position=int32, token=int32, seen=plain,
+        history=int32, logprobs=fp32, threshold=fp32, partial=fp32, partial_token=int32,
+    )  # fmt: skip
+    tensors = arguments(weights, buffers, state, (fp32, fp32), bf16, int64, fp32)
     descs = descriptors(weights)
-    step_kernel.warmup(*tensors, *descs, None, grid=(sizes.programs,), **_options(sizes))
+    step_kernel.warmup(*tensors, *descs, None, 0, grid=(sizes.programs,), **_options(sizes))
 
 
 def _options(sizes: StepSizes) -> dict[str, Any]:

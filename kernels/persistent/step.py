@@ -1,4 +1,4 @@
-"""The decode step of GPT-OSS as one kernel: from the token's embedding to its logits.
+"""The decode step of GPT-OSS as one kernel: from the token's embedding to the next token.
 
 One program a processor. In each, a warp for the ring of dense weights and one for the ring of
 experts' weights let the copy engine fill slots; they run ahead of the arithmetic over all phases,
@@ -13,6 +13,7 @@ tile, multiply, and add rows to sums in memory (exchange.py).
     gate_up  residual, router sums         4-bit tiles         gate_up sums
     down     gate_up sums                  4-bit tiles         residual
     head     residual                      dense tiles         logits (stored)
+    draw     logits                        (in the head)       next token (draw.py)
 
 The norm's factor is one number for all rows: it multiplies what was summed, when that is read.
 """
@@ -23,6 +24,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from kernels.persistent import sizes
+from kernels.persistent.draw import consider, hand_in, nothing_found, pick_token
 from kernels.persistent.exchange import (
     add_to_sums,
     publish,
@@ -787,10 +789,18 @@ def _head(
     empty,
     scale_ptr,
     logits,
+    draws,
+    settings,
+    seed,
+    step,
+    seen,
+    words,
+    tag,
     trace,
     S: gl.constexpr,
 ):
-    """Logits: the whole residual times this program's blocks of rows."""
+    """Logits: the whole residual times this program's blocks of rows; if it draws, the best of its
+    tokens is published in words."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     squares = 0.0
@@ -806,9 +816,11 @@ def _head(
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     program = gl.program_id(0)
-    for block in range(
-        S.head_blocks * program // S.programs, S.head_blocks * (program + 1) // S.programs
-    ):
+    first = S.head_blocks * program // S.programs
+    found = nothing_found(gl.minimum(first * 128 + lane, S.vocabulary - 1))
+    seed_now = gl.load(seed)
+    step_now = gl.load(step)
+    for block in range(first, S.head_blocks * (program + 1) // S.programs):
         row = block * 128 + lane
         safe = gl.minimum(row, S.vocabulary - 1)
         if S.fp8:
@@ -825,8 +837,13 @@ def _head(
         value = row_sums(acc, MMA, S.fp8) * factor
         if S.fp8:
             value *= scale
-        gl.store(logits + row, value, mask=row < S.vocabulary)
+        inside = row < S.vocabulary
+        gl.store(logits + row, value, mask=inside)
+        if draws != 0:
+            found = consider(found, value, row, inside, settings, seed_now, step_now, seen)
     stamp(trace, S.layers, 0, ENDS, True, S)
+    if draws != 0:
+        hand_in(found, words, tag)
 
 
 # ------------------------------------------------------------------------------------ consumers
@@ -852,10 +869,12 @@ def _clear(program, words, COUNT: gl.constexpr, S: gl.constexpr):
 
 @gluon.jit
 def consumer(
-    token, position_ptr, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias,
+    token, position_ptr, settings, seed, step, seen, history, logprobs, counter, embedding, norms,
+    moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, S: gl.constexpr, E2: gl.constexpr,
+    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, draws, S: gl.constexpr,
+    E2: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -869,8 +888,8 @@ def consumer(
     SLOTS: gl.constexpr = S.dense_slots
     COLUMNS: gl.constexpr = S.width_columns
     APART: gl.constexpr = S.slice_groups
-    # The head's slices stand where the experts' tiles did. All other phases have one slice in xs, at
-    # an address that is known to the compiler, so that what names it to the tensor cores is too.
+    # The head's slices stand where the experts' tiles did. All other phases have one slice in xs,
+    # at an address that the compiler knows, so that what names it to the tensor cores is constant.
     if S.fp8:
         big = seen_as(dbig, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED8)
         small = seen_as(dsmall, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED8)
@@ -904,6 +923,7 @@ def consumer(
     accs = attention + S.attention_width
     peaks = accs + S.splits * S.attention_width
     totals = peaks + S.splits * S.heads
+    words = totals + S.splits * S.heads
     _begin(program, token, embedding, residual, S)
     _clear(program, parts_of(sums, launch + 1, S, E2)[0], sum_words(S, E2), S)
 
@@ -1062,20 +1082,29 @@ def consumer(
         dempty,
         head_scale,
         logits,
+        draws,
+        settings,
+        seed,
+        step,
+        seen,
+        words,
+        launch + 1,
         trace,
         S,
     )
     if program == 0:
         gl.store(counter, launch + 1)
+        if draws != 0:
+            pick_token(words, launch + 1, token, position_ptr, step, seen, history, logprobs, S)
 
 
 # Grid: one program a processor, all resident.
-@gluon.jit
+@gluon.jit(do_not_specialize=["draws"])
 def step_kernel(
-    token, position, counter, embedding, norms, moe_norms, final_norm, qkv_scale, qkv_bias, sinks,
-    out_scale, out_bias, router, router_bias, head_scale, cos, sin, cache,
-    cache_table, sums, tagged, logits, dense128, dense32, expert64, expert16, expert8, trace_ptr,
-    S: gl.constexpr, E2: gl.constexpr,
+    token, position, settings, seed, step, seen, history, logprobs, counter, embedding, norms,
+    moe_norms, final_norm, qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
+    head_scale, cos, sin, cache, cache_table, sums, tagged, logits, dense128, dense32, expert64,
+    expert16, expert8, trace_ptr, draws, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
@@ -1111,11 +1140,12 @@ def step_kernel(
     _, _, _, _, signed = parts_of(sums, gl.load(counter), S, E2)
     gl.warp_specialize(
         [
-            (consumer, (token, position, counter, embedding, norms, moe_norms, final_norm,
+            (consumer, (token, position, settings, seed, step, seen, history, logprobs, counter,
+                        embedding, norms, moe_norms, final_norm,
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, S, E2)),
+                        eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, draws, S, E2)),
             (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales,
                                efull, eempty, chosen, routed, S)),

@@ -115,7 +115,8 @@ class Draw(CapturedStep):
 
 
 class PersistentStep(Draw):
-    """One launch from the token to its logits, and the draw; captured as CUDA graphs.
+    """One launch from a token to the next one, captured as a CUDA graph. A distribution that is cut
+    needs the vocabulary sorted: then the kernel ends with the logits, and others draw.
 
     With MOE_RUNTIME_WATCH_STEP=1 in the environment programs write when they are in which phase, so
     that an error of the GPU can say where it happened.
@@ -137,8 +138,7 @@ class PersistentStep(Draw):
         self._tensors = arguments(
             packed,
             StepBuffers.allocate(self.sizes, device),
-            self.state.token,
-            self.state.position,
+            self.state,
             rope,
             cache.memory,
             cache_table(config, cache),
@@ -156,8 +156,9 @@ class PersistentStep(Draw):
 
     def step(self, *, filtered: bool) -> None:
         """Launch the kernels of one token."""
-        launch(self.sizes, self._tensors, self._descriptors, self._stamps)
-        sample(self.logits, self.state, filtered=filtered)
+        launch(self.sizes, self._tensors, self._descriptors, self._stamps, draws=not filtered)
+        if filtered:
+            sample(self.logits, self.state, filtered=True)
 
 
 def cache_table(config: ModelConfig, cache: KVCache) -> Tensor:

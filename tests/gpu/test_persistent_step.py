@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.persistent.sizes import PHASES, StepSizes
+from kernels.sampling import make_state, sample
 from tests.oracles.step_model import expected_logits, step_model
 from tests.tolerances import assert_close
 
@@ -33,22 +34,22 @@ class Step:
         from kernels.persistent import launch
 
         self.model, self._launch = model, launch
-        self.token = torch.tensor([17], dtype=torch.int32, device="cuda")
-        self.position = torch.zeros(1, dtype=torch.int32, device="cuda")
+        self.state = make_state(model.sizes.vocabulary, 64, torch.device("cuda"))
         self.logits = torch.zeros(model.sizes.vocabulary, device="cuda")
         self._cache = model.cache.clone()
         self._tensors = launch.arguments(
-            model.weights, model.buffers, self.token, self.position, model.rope,
-            self._cache, model.table, self.logits,
+            model.weights, model.buffers, self.state, model.rope, self._cache, model.table,
+            self.logits,
         )  # fmt: skip
         self._descriptors = launch.descriptors(model.weights)
 
-    def launch(self) -> None:
-        self._launch.launch(self.model.sizes, self._tensors, self._descriptors)
+    def launch(self, *, draws: bool = False) -> None:
+        self._launch.launch(self.model.sizes, self._tensors, self._descriptors, draws=draws)
 
     def at(self, position: int) -> torch.Tensor:
         self._cache.copy_(self.model.cache)  # without the rows that other positions wrote
-        self.position.fill_(position)
+        self.state.token.fill_(17)
+        self.state.position.fill_(position)
         self.logits.fill_(float("nan"))
         self.launch()
         torch.cuda.synchronize()
@@ -79,6 +80,24 @@ def test_thousands_of_steps_have_the_same_bits(step):
     assert differing.item() == 0
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_it_draws_as_the_sampling_kernels_do(step, temperature):
+    state = step.state
+    state.settings.copy_(torch.tensor([temperature, 1.2, 0, 1, 0]))
+    state.seed.fill_(7)
+    state.step.zero_()
+    step.at(300)
+    other = make_state(step.model.sizes.vocabulary, 64, torch.device("cuda"))
+    for i in range(20):
+        for field in ("settings", "seed", "step", "position", "token", "seen"):
+            getattr(other, field).copy_(getattr(state, field))
+        step.launch(draws=True)
+        sample(step.logits, other, filtered=False)
+        for field in ("step", "position", "token", "seen"):
+            assert torch.equal(getattr(state, field), getattr(other, field)), (i, field)
+        assert float(state.logprobs[i]) == pytest.approx(float(other.logprobs[i]), abs=1e-4)
+
+
 def test_the_traced_build_is_the_same_and_has_every_phase(step):
     from kernels.launch_trace import trace_launches
 
@@ -106,7 +125,7 @@ step.at(5)
 step.model.buffers.sums[step.model.buffers.sums.numel() // 2 + 70] += 1  # one contribution too many
 stamps = phase_stamps(step.model.sizes)
 try:
-    launch(step.model.sizes, step._tensors, step._descriptors, stamps)
+    launch(step.model.sizes, step._tensors, step._descriptors, stamps, draws=True)
     torch.cuda.synchronize()
 except RuntimeError:
     print(where_programs_stand(stamps, phases(step.model.sizes)))

@@ -23,10 +23,13 @@ from tests.kernels.compile_offline import resource_usage
 
 SHARED_BYTES = 227 << 10  # that a program may have
 MODELS = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}  # layers, experts
-FP32 = ("qkv_scale", "out_scale", "head_scale", "cos", "sin", "logits")
+FP32 = (
+    "qkv_scale", "out_scale", "head_scale", "cos", "sin", "logits", "settings", "logprobs",
+)  # fmt: skip
 OTHERS = {
     "token": "*i32", "position": "*i32", "counter": "*i32", "cache_table": "*i64",
-    "sums": "*i64", "tagged": "*i64", "S": "constexpr", "E2": "constexpr",
+    "sums": "*i64", "tagged": "*i64", "seed": "*i64", "step": "*i32", "seen": "*u8",
+    "history": "*i32", "draws": "i32", "S": "constexpr", "E2": "constexpr",
 }  # fmt: skip
 COPIED = {"dense128": 128, "dense32": 32, "expert64": 64, "expert16": 16, "expert8": 8}
 

@@ -26,7 +26,8 @@ DEADLINE_S = 120.0
 F8, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 TYPES = {
     "int1": np.bool_, "int8": np.int8, "int32": np.int32, "int64": np.int64, "uint8": np.uint8,
-    "float32": np.float32, "bfloat16": BF16, "float8e4nv": F8,
+    "uint32": np.uint32, "uint64": np.uint64, "float32": np.float32, "bfloat16": BF16,
+    "float8e4nv": F8,
 }  # fmt: skip
 _memory = threading.RLock()  # makes atomics atomic
 
@@ -104,10 +105,10 @@ class Count(int):
     """A loop's number: a scalar that can be cast."""
 
     def __add__(self, other: Any) -> Any:
-        return Count(int(self) + other) if isinstance(other, int) else T(int(self)) + other
+        return Count(int(self) + other) if isinstance(other, int) else T(np.int32(self)) + other
 
     def __mul__(self, other: Any) -> Any:
-        return Count(int(self) * other) if isinstance(other, int) else T(int(self)) * other
+        return Count(int(self) * other) if isinstance(other, int) else T(np.int32(self)) * other
 
     def to(self, dtype: Any) -> T:
         return T(np.dtype(dtype).type(self))
@@ -492,10 +493,8 @@ class Emulated:
         )
         stand_ins = {
             "triton": types.SimpleNamespace(),
-            "triton.experimental": types.SimpleNamespace(
-                gluon=types.SimpleNamespace(jit=lambda f: f)
-            ),
-            "triton.experimental.gluon": types.SimpleNamespace(language=self, jit=lambda f: f),
+            "triton.experimental": types.SimpleNamespace(gluon=types.SimpleNamespace(jit=_jit)),
+            "triton.experimental.gluon": types.SimpleNamespace(language=self, jit=_jit),
             "triton.experimental.gluon.language._core": types.SimpleNamespace(builtin=lambda f: f),
             "triton.experimental.gluon.language.nvidia.ampere": types.SimpleNamespace(
                 mma_v2=mma_v2
@@ -522,6 +521,10 @@ class Emulated:
         source = path.read_text()
         exec(compile(source, str(path), "exec"), module.__dict__)
         return module
+
+
+def _jit(function: Any = None, **options: Any) -> Any:
+    return function or (lambda f: f)
 
 
 def pointer(tensor: torch.Tensor) -> Pointer:

@@ -10,6 +10,8 @@ import torch
 from kernels.persistent.launch import arguments, padded_experts
 from kernels.persistent.sizes import PHASES
 from kernels.persistent.watch import where_programs_stand
+from kernels.reference import sampling
+from kernels.sampling import make_state
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import TINY, expected_logits, step_model
@@ -111,18 +113,31 @@ def kernel():
     return module.step_kernel
 
 
-def run(kernel, model, position, trace=None, cache=None):
+def request(position, vocabulary):
+    state = make_state(vocabulary, 8, torch.device("cpu"))
+    state.token.fill_(17)
+    state.position.fill_(position)
+    return state
+
+
+def run(kernel, model, position, trace=None, cache=None, state=None):
+    """Logits; with a state the next token is drawn too."""
     s, w = model.sizes, model.weights
     logits = torch.full((s.vocabulary,), float("nan"))
     cache = model.cache.clone() if cache is None else cache
-    tensors = arguments(
-        w, model.buffers, torch.tensor([17], dtype=torch.int32),
-        torch.tensor([position], dtype=torch.int32), model.rope, cache, model.table, logits,
-    )  # fmt: skip
+    now = state or request(position, s.vocabulary)
+    tensors = arguments(w, model.buffers, now, model.rope, cache, model.table, logits)
     descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (128, 32)]
     descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
     trace = None if trace is None else gluon_on_cpu.pointer(trace)
-    args = (*(gluon_on_cpu.pointer(t) for t in tensors), *descs, trace, s, padded_experts(s))
+    args = (
+        *(gluon_on_cpu.pointer(t) for t in tensors),
+        *descs,
+        trace,
+        int(state is not None),
+        s,
+        padded_experts(s),
+    )
     gluon_on_cpu.launch(kernel, s.programs, args)
     return logits
 
@@ -144,6 +159,37 @@ def test_tokens_one_after_the_other(kernel):
         forgotten = run(kernel, lost, position)  # into a copy of the cache
     with pytest.raises(AssertionError, match="relative RMS"):
         assert_close(forgotten, expected, "decode_step")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0, 3.0])
+def test_the_token_is_drawn_as_the_samplers_do(kernel, temperature):
+    """Two in a row: the second with the first one seen, and its noise that of another step."""
+    model = step_model(fp8=True)
+    state = request(5, model.sizes.vocabulary)
+    state.settings.copy_(torch.tensor([temperature, 1.5, 0, 1, 0]))
+    state.seed.fill_(-(2**40) + 12345)
+    state.seen[::3] = 1
+    for i in range(2):
+        seen, step = state.seen.clone(), state.step.clone()
+        logits = run(kernel, model, None, state=state)
+        token, logprob = sampling.sample(logits, seen, state.settings, state.seed, step)
+        assert state.history[i] == state.token == token
+        assert float(state.logprobs[i]) == pytest.approx(logprob, abs=1e-5)
+        assert (int(state.step), int(state.position)) == (i + 1, 6 + i)
+        seen[token] = 1
+        assert torch.equal(state.seen, seen)
+
+
+def test_the_draw_takes_the_first_of_equal_tokens_and_no_nan(kernel):
+    model = step_model(fp8=True)
+    model.weights.head_scale.zero_()
+    state = request(5, model.sizes.vocabulary)
+    state.settings.copy_(torch.tensor([0.0, 1, 0, 1, 0]))
+    run(kernel, model, None, state=state)
+    assert state.token == 0
+    model.weights.head_scale[:130] = float("nan")
+    run(kernel, model, None, state=state)
+    assert state.token == 130
 
 
 @pytest.mark.parametrize("scale", ["qkv_scale", "moe_norms", "head_scale"])
@@ -187,7 +233,10 @@ def test_a_late_program_stops_nobody(kernel, program, monkeypatch):
     monkeypatch.setattr(gluon_on_cpu, "DEADLINE_S", 20.0)
     monkeypatch.setitem(late, "program", program)
     model = step_model(replace(TINY, heads=12), fp8=True)
-    assert_close(run(kernel, model, 5), expected_logits(model, 5), "decode_step")
+    state = request(5, model.sizes.vocabulary)
+    logits = run(kernel, model, None, state=state)
+    assert_close(logits, expected_logits(model, 5), "decode_step")
+    assert state.token == logits.argmax()
 
 
 def test_a_hang_is_an_error_that_names_the_phase(kernel, monkeypatch):
