@@ -38,12 +38,13 @@ def test_ci_runs_the_block_as_it_stands(tmp_path):
 
 
 def test_speeds_are_those_of_the_results():
-    """Every decode speed and first-token time in the table is a row of the CSV, rounded."""
+    """Every figure of the table of speeds is a row of the CSV, rounded."""
     rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "h100.csv").open()))
-    value = {
-        (r["runtime"].split()[0], r["model"], int(r["context"]), r["metric"]): float(r["value"])
-        for r in rows
-    }
+    value = {  # the last of each
+        (r["runtime"].split()[0], r["model"], r["formats"].split()[0], int(r["context"]),
+         r["metric"]): float(r["value"])
+        for r in rows if r["context"]
+    }  # fmt: skip
     tables = re.findall(r"^\| (gpt-oss-\w+), (.*?) \|(.*)", README, re.M)
     checked = 0
     for model, what, cells in tables:
@@ -56,12 +57,19 @@ def test_speeds_are_those_of_the_results():
             "decode_tokens_per_s" if "tokens/s" in what
             else "start_s" if "start" in what else "first_token_ms"
         )  # fmt: skip
-        ours, _, theirs = (re.sub(r"[^\d.]", "", cell) for cell in cells.split("|")[:3])
-        for runtime, cell in (("moe_runtime", ours), ("vllm", theirs)):
+        numbers = [re.sub(r"[^\d.]", "", cell) for cell in cells.split("|")[:5]]
+        columns = (
+            ("moe_runtime", "bf16", metric), ("moe_runtime", "bf16", "bandwidth_share"),
+            ("moe_runtime", "fp8", metric), ("moe_runtime", "fp8", "bandwidth_share"),
+            ("vllm", "bf16", metric),
+        )  # fmt: skip
+        for (runtime, dense, name), cell in zip(columns, numbers, strict=True):
             if cell:
-                assert float(cell) == round(value[runtime, model, length, metric]), (model, what)
+                scale = 100 if name == "bandwidth_share" else 1
+                found = scale * value[runtime, model, f"dense={dense}", length, name]
+                assert float(cell) == round(found), (model, what, dense)
                 checked += 1
-    assert checked >= 14
+    assert checked >= 34
 
 
 def test_formats_are_those_of_the_results():

@@ -150,6 +150,17 @@ def test_the_step_is_its_twins(kernel, fp8):
         assert_close(actual, expected_logits(model, position), "decode_step")
 
 
+@pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
+def test_several_columns_of_tiles(kernel, fp8):
+    """Of every matrix, with parts left over; most logits, so that programs differ in blocks."""
+    sizes = replace(TINY, width=704, hidden=352, heads=12, programs=25, vocabulary=1300)
+    model = step_model(sizes, fp8=fp8)
+    state = request(300, sizes.vocabulary)
+    actual = run(kernel, model, None, state=state)
+    assert_close(actual, expected_logits(model, 300), "decode_step")
+    assert state.token == actual.argmax()
+
+
 def test_tokens_one_after_the_other(kernel):
     """Rows that a step writes are what later steps read."""
     model, twin, lost = (step_model(fp8=True) for _ in range(3))
