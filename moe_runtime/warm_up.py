@@ -85,7 +85,7 @@ def warm_up(
             continue
         begin = time.perf_counter()
         try:
-            context = max_context or _context_that_fits(model, device)
+            context = max_context or _context_that_fits(model, device, dense_format)
             kernels = compile_kernels(
                 model.config, context, device, model.formats, DENSE_FORMATS[dense_format]
             )
@@ -96,9 +96,14 @@ def warm_up(
         torch.cuda.empty_cache()
 
 
-def _context_that_fits(model: WarmUpModel, device: torch.device) -> int:
+def _context_that_fits(model: WarmUpModel, device: torch.device, dense_format: str) -> int:
     free_bytes, _ = torch.cuda.mem_get_info(device)
-    weight_bytes = dict(model.weight_bytes)
+    family, dense = GPU_FAMILIES[model.config.family], DENSE_FORMATS[dense_format]
     return fit(
-        model.config, weight_bytes, max_context=None, free_bytes=free_bytes, device=str(device)
+        model.config,
+        dict(model.weight_bytes),
+        max_context=None,
+        free_bytes=free_bytes,
+        device=str(device),
+        more=family.more_bytes(model.config, model.formats, device, dense),
     ).max_context

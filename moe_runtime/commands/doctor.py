@@ -25,7 +25,7 @@ from moe_runtime.commands.common import (
 from moe_runtime.commands.headers import open_headers
 from moe_runtime.errors import DoesNotFitError
 from moe_runtime.host_memory import free_host_bytes
-from moe_runtime.plan import fit
+from moe_runtime.plan import MoreBytes, fit
 from moe_runtime.published import PUBLISHED, PublishedModel
 from moe_runtime.support import SUPPORTED
 
@@ -237,16 +237,29 @@ def probe_models() -> list[dict[str, Any]]:
     if count == 0:
         free = free_host_bytes()
         return [_fits_host(model, free) for model in PUBLISHED]
-    free_bytes = {f"cuda:{index}": torch.cuda.mem_get_info(index)[0] for index in range(count)}
-    return [fits_gpu(model, gpu, free) for model in PUBLISHED for gpu, free in free_bytes.items()]
+    cuda = torch.cuda
+    gpus = [
+        (f"cuda:{index}", cuda.mem_get_info(index)[0], cuda.get_device_capability(index))
+        for index in range(count)
+    ]
+    return [fits_gpu(model, *gpu) for model in PUBLISHED for gpu in gpus]
 
 
-def fits_gpu(model: PublishedModel, device: str, free_bytes: int) -> dict[str, Any]:
+def fits_gpu(
+    model: PublishedModel, device: str, free_bytes: int, capability: tuple[int, int]
+) -> dict[str, Any]:
     """The longest context that fits a GPU with free_bytes, or what is missing."""
+    from moe_runtime.tiles import HOPPER, more_bytes  # torch: slow import
+
     entry: dict[str, Any] = {"model": model.repo_id, "device": device}
     try:
         plan = fit(
-            model.config, model.weight_bytes, max_context=None, free_bytes=free_bytes, device=device
+            model.config,
+            model.weight_bytes,
+            max_context=None,
+            free_bytes=free_bytes,
+            device=device,
+            more=more_bytes(model.config, fp8=False) if capability == HOPPER else MoreBytes(),
         )
     except DoesNotFitError as error:
         return {**entry, "fits": False, "why_not": error.hint}

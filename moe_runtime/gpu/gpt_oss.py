@@ -13,6 +13,7 @@ from kernels.reference.rope_kv import rope_table
 from loaders.errors import UnsupportedModelError
 from loaders.names.table import LoadPlan, PlannedWeight
 from loaders.weights import Relayout
+from moe_runtime import tiles
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import DecodeStep, LayerWeights, ModelWeights, zero_weights
@@ -103,8 +104,7 @@ def more_bytes(
     """See gpu.families.GpuFamily.more_bytes."""
     if persistent.why_not(config, formats, device) is not None:
         return MoreBytes()
-    fp8 = dense_format is not None
-    return MoreBytes(persistent.tile_bytes(config, fp8=fp8), persistent.packing_bytes(config))
+    return tiles.more_bytes(config, fp8=dense_format is not None)
 
 
 def slower_because(

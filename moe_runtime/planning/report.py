@@ -203,8 +203,8 @@ def _contexts(variant: Variant, machine: Machine, wanted: int) -> tuple[ContextR
     lengths = sorted({n for n in CONTEXTS if n < most} | {wanted, most})
     rows = []
     for context in lengths:
-        plan, read = variant.memory(context), sum(variant.token_bytes(context).values())
-        total = variant.total_bytes(context)
+        plan, read = variant.memory(context, machine), sum(variant.token_bytes(context).values())
+        total = variant.total_bytes(context, machine)
         cache = total - plan.total_bytes + plan.cache_bytes
         fits, speed = total <= machine.memory_bytes, predict(read, machine)
         rows.append(ContextRow(context, cache, plan.workspace_bytes, total, read, fits, speed))
@@ -216,9 +216,9 @@ def _variant_row(variant: Variant, machine: Machine, context: int) -> VariantRow
     return VariantRow(
         variant.name,
         variant.memory(context).total_weight_bytes,
-        variant.total_bytes(context),
+        variant.total_bytes(context, machine),
         read,
-        longest_context(variant.memory(context), machine.memory_bytes),
+        longest_context(variant.memory(context, machine), machine.memory_bytes),
         predict(read, machine),
     )
 
@@ -229,12 +229,12 @@ def _dense_pair(found: Sequence[Variant]) -> list[Variant]:
 
 
 def _fit(variant: Variant, gpu: Machine, context: int) -> FitRow:
-    plan = variant.memory(context)
+    plan = variant.memory(context, gpu)
     room = gpu.memory_bytes - RESERVE_BYTES
     return FitRow(
         gpu.name,
         variant.name,
-        -(-plan.total_weight_bytes // room),
+        -(-(plan.total_weight_bytes + plan.more.tiles) // room),
         longest_context(plan, gpu.memory_bytes),
         predict(sum(variant.token_bytes(context).values()), gpu),
     )

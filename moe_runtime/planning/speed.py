@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from moe_runtime.machines import Machine
 
-# Least and most of the rows `bandwidth_share` in benchmarks/results/h100.csv, commit b736b7b, on an
-# NVIDIA H100: gpt-oss-120b after 8,192 tokens and gpt-oss-20b after 128.
-LOW_SHARE = 0.571791
-HIGH_SHARE = 0.621564
+# Least and most of the rows `bandwidth_share` in benchmarks/results/h100.csv, commit 885bec8, on an
+# NVIDIA H100: gpt-oss-120b with FP8 after 8,192 tokens and gpt-oss-20b with bf16 after 128.
+LOW_SHARE = 0.606273
+HIGH_SHARE = 0.721687
 
 
 @dataclass(frozen=True)

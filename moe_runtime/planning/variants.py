@@ -9,10 +9,12 @@ from dataclasses import dataclass, fields, replace
 from loaders.logical import LogicalTensor
 from loaders.logical_schemes import scale_shape
 from loaders.safetensors_header import DTYPE_BITS
-from moe_runtime.config import CACHE_ITEM_BYTES, DecoderConfig
-from moe_runtime.plan import MemoryPlan
+from moe_runtime.config import CACHE_ITEM_BYTES, DecoderConfig, ModelConfig
+from moe_runtime.machines import Machine
+from moe_runtime.plan import MemoryPlan, MoreBytes
 from moe_runtime.planning.components import NOT_LOADED, Groups
 from moe_runtime.planning.facts import PlannedConfig
+from moe_runtime.tiles import HOPPER, more_bytes, why_not_tiled
 from quant.formats import FP8_ROW, MXFP4, QuantFormat
 
 DENSE = ("attention", "shared experts", "mlp", "head")  # what dense FP8 packs
@@ -26,11 +28,14 @@ class Variant:
     name: str
     config: DecoderConfig
     weight_bytes: dict[str, int]  # by component, as loaded
+    on_hopper: MoreBytes  # see moe_runtime/tiles.py
     tied_head: bool = False  # the embedding is the head too
 
-    def memory(self, context: int) -> MemoryPlan:
-        """The runtime's plan for a cache of `context` positions."""
-        return MemoryPlan(self.config, self.weight_bytes, context)
+    def memory(self, context: int, machine: Machine | None = None) -> MemoryPlan:
+        """The runtime's plan for a cache of `context` positions, on a machine if one is named."""
+        tiled = machine is not None and machine.capability == HOPPER
+        more = self.on_hopper if tiled else MoreBytes()
+        return MemoryPlan(self.config, self.weight_bytes, context, more=more)
 
     def token_bytes(self, context: int) -> dict[str, int]:
         """Bytes read for one token after `context` cached ones, by component."""
@@ -41,10 +46,10 @@ class Variant:
             read["state"] = 2 * self.config.state_bytes
         return {component: size for component, size in read.items() if size}
 
-    def total_bytes(self, context: int) -> int:
+    def total_bytes(self, context: int, machine: Machine) -> int:
         """Bytes of device memory that the model takes."""
         state = self.config.state_bytes if isinstance(self.config, PlannedConfig) else 0
-        return self.memory(context).total_bytes + state
+        return self.memory(context, machine).total_bytes + state
 
 
 def variants(config: DecoderConfig, groups: Groups) -> tuple[Variant, ...]:
@@ -64,7 +69,8 @@ def variants(config: DecoderConfig, groups: Groups) -> tuple[Variant, ...]:
             return _dense_fp8(component, tensor) or _experts_mxfp4(component, tensor)
 
         names = ", ".join(variant.name for variant in found[1:])
-        found.append(_variant(names, small_cache, groups, all_rules))
+        every = _variant(names, config, groups, all_rules)
+        found.append(replace(every, config=small_cache))
     return tuple(found)
 
 
@@ -114,7 +120,28 @@ def _variant(
             count * (stored_bytes(tensor.shape, format) if format else tensor.nbytes)
             for tensor, count, format in formats
         )
-    return Variant(name, config, totals, tied_head="embedding" in totals and "head" not in totals)
+    tied = "embedding" in totals and "head" not in totals
+    return Variant(name, config, totals, _on_hopper(config, groups, rule), tied_head=tied)
+
+
+def _on_hopper(
+    config: DecoderConfig,
+    groups: Groups,
+    rule: Callable[[str, LogicalTensor], QuantFormat | None],
+) -> MoreBytes:
+    """What a model's tiles take on a Hopper GPU, if it decodes from tiles there."""
+    if not isinstance(config, ModelConfig) or config.family != "gpt_oss":
+        return MoreBytes()
+
+    def formats_in(component: str) -> set[QuantFormat | None]:
+        kinds = groups.get(component, ())
+        matrices = (tensor for tensor, _ in kinds if is_matrix(component, tensor))
+        return {rule(component, tensor) or tensor.format for tensor in matrices}
+
+    experts = tuple((format, format) for format in formats_in("experts"))
+    if why_not_tiled(config, experts) is not None:
+        return MoreBytes()
+    return more_bytes(config, fp8=formats_in("head") == {FP8_ROW})
 
 
 def _dense_fp8(component: str, tensor: LogicalTensor) -> QuantFormat | None:

@@ -60,13 +60,15 @@ def test_text_can_be_pasted(monkeypatch, quick):
 
 def test_says_which_models_fit(quick):
     small, large = PUBLISHED
-    with_room = doctor.fits_gpu(large, "cuda:0", 80 * 10**9)
+    with_room = doctor.fits_gpu(large, "cuda:0", 80 * 10**9, (8, 0))
     assert with_room["fits"] and with_room["context"] == 131072
     assert 65.2e9 < with_room["needs_bytes"] < 80e9
-    tight = doctor.fits_gpu(small, "cuda:0", 16 * 10**9)
+    tiled = doctor.fits_gpu(large, "cuda:0", 80 * 10**9, (9, 0))
+    assert tiled["needs_bytes"] > with_room["needs_bytes"] + 3e9
+    tight = doctor.fits_gpu(small, "cuda:0", 16 * 10**9, (8, 0))
     assert tight["fits"] and 512 <= tight["context"] < 131072
     assert tight["needs_bytes"] <= 16e9
-    too_small = doctor.fits_gpu(large, "cuda:1", 24 * 10**9)
+    too_small = doctor.fits_gpu(large, "cuda:1", 24 * 10**9, (8, 0))
     assert not too_small["fits"] and "65.25 GB" in too_small["why_not"]
     assert json.loads(run("--json"))["models"][0]["model"] == small.repo_id
 
@@ -136,6 +138,7 @@ def test_warm_up_compiles_for_what_would_be_opened(monkeypatch):
     monkeypatch.setattr(warm_up, "compile_kernels", compile_kernels)
     monkeypatch.setattr(warm_up, "knows_fp8", lambda device: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     small, large, demo = warm_up.known_models()
     done = list(warm_up.warm_up(small, torch.device("cuda")))

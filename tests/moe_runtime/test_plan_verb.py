@@ -63,7 +63,7 @@ def test_the_vendors_layout_gives_the_same_plan(tiny, tmp_path):
 
 
 def test_without_a_name_the_gpu_here_is_measured(tiny, monkeypatch, capsys):
-    here = Machine("Some GPU", 10**10, 1234.0, "measured now")
+    here = Machine("Some GPU", 10**10, 1234.0, "measured now", (8, 0))
     monkeypatch.setattr("moe_runtime.commands.plan.gpu_here", lambda: here)
     assert run(["plan", str(tiny)]) == 0
     shown = capsys.readouterr()

@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+from kernels.persistent.pack import pack_dense
 from loaders.checkpoint import open_files, open_folder
 from loaders.logical import logical_tensors
 from loaders.weights import load_weights
@@ -18,6 +19,7 @@ from moe_runtime.cache import KVCache
 from moe_runtime.conversion.needs import disk_bytes, memory_bytes
 from moe_runtime.conversion.options import ConversionOptions
 from moe_runtime.conversion.planning import plan_conversion
+from moe_runtime.gpu import persistent
 from moe_runtime.machines import GPUS, find_gpu
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import RESERVE_BYTES, MemoryPlan, weights_by_component
@@ -26,7 +28,9 @@ from moe_runtime.planning.facts import count_experts, count_layers, planned_conf
 from moe_runtime.planning.report import plan_checkpoint
 from moe_runtime.planning.speed import HIGH_SHARE, LOW_SHARE, predict
 from moe_runtime.planning.variants import stored_bytes
+from moe_runtime.tiles import more_bytes
 from moe_runtime.triton_backend import TritonBackend
+from quant import codecs
 from quant.formats import FP8_BLOCK128, FP8_ROW, MXFP4, MXFP8, NVFP4
 from tests.loaders.hub_server import ROOT
 from tests.oracles.published_headers import (
@@ -163,7 +167,7 @@ def test_prediction_is_allocation(which, tiny):
     """Weights and cache to the byte; everything else that a backend holds within the buffers."""
     context = 3000  # longer than window and chunk together
     with open_folder(tiny if which == "tiny" else BUNDLED["demo"]) as checkpoint:
-        report = plan_checkpoint(checkpoint, H100, context=context)
+        report = plan_checkpoint(checkpoint, find_gpu("a100-80gb"), context=context)
         opened = plan_model(checkpoint)
         config = opened.config
         weights = load_weights(
@@ -181,6 +185,40 @@ def test_prediction_is_allocation(which, tiny):
     buffers = storage_bytes(backend) - loaded - cache_bytes
     assert 0 < buffers <= row.workspace_bytes
     assert row.total_bytes == loaded + cache_bytes + row.workspace_bytes + RESERVE_BYTES
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_tiles_take_what_is_planned_for_a_hopper_gpu(fp8):
+    """To the byte: experts in tiles in place of their rows, dense weights in both."""
+    with open_folder(BUNDLED["demo"]) as checkpoint:
+        on_hopper = plan_checkpoint(checkpoint, H100, context=3000)
+        elsewhere = plan_checkpoint(checkpoint, find_gpu("a100-80gb"), context=3000)
+        opened = plan_model(checkpoint)
+        config, cpu = opened.config, torch.device("cpu")
+        stored = sum(opened.plan.nbytes[n] for n in opened.plan.nbytes if is_expert(n))
+        weights = load_weights(checkpoint, opened.table, config.dims, config.num_layers, device=cpu)
+    relayout = persistent.relayout(config, cpu)
+    for names in relayout.groups:
+        weights |= relayout.take({name: weights[name] for name in names})
+    dense = [n for n in weights if n == "head" or n.endswith(("attention.qkv", "attention.out"))]
+    packed = [weights[name] for name in dense]
+    if fp8:
+        packed = [codecs.encode(weight, FP8_ROW).values for weight in packed]
+    tiles = sum(pack_dense(weight).nbytes for weight in packed)
+    tiles += sum(w.tiles.nbytes for n, w in weights.items() if n.endswith("moe.gate_up"))
+    name = "dense fp8" if fp8 else "as published"
+    row, plain = (
+        next(row for row in report.what_if if row.name == name) for report in (on_hopper, elsewhere)
+    )
+    more = more_bytes(config, fp8=fp8)
+    assert tiles - stored == more.tiles
+    besides = plain.total_bytes - plain.weight_bytes - RESERVE_BYTES
+    grown = max(besides, more.packing) - besides
+    assert row.total_bytes - plain.total_bytes == more.tiles + grown
+
+
+def is_expert(name: str) -> bool:
+    return name.endswith(("moe.gate_up", "moe.down"))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4"])
@@ -294,7 +332,7 @@ def test_speed_is_a_share_of_the_bandwidth():
     band = predict(5_000_000_000, replace(H100, read_gbps=3000.0))
     assert band.bound == pytest.approx(600)
     assert (band.low, band.high) == pytest.approx((600 * LOW_SHARE, 600 * HIGH_SHARE))
-    assert band.text() == "343 to 373"
+    assert band.text() == "364 to 433"
 
 
 def test_shares_are_rows_of_our_results():

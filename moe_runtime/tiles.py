@@ -1,0 +1,65 @@
+"""Which models decode from tiles (kernels/persistent) on a Hopper GPU, and what tiles take there.
+
+Needs no GPU and no Triton: `plan` asks for GPUs that are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kernels.persistent.pack import EXPERT_TILE_BYTES, tiles_of
+from kernels.persistent.sizes import TILE_COLUMNS, TILE_ROWS
+from moe_runtime.config import ModelConfig
+from moe_runtime.plan import MoreBytes
+from quant.formats import MXFP4, QuantFormat
+
+HOPPER = (9, 0)  # whose tensor core and copy instructions the kernel uses
+EXPERTS_AT_ONCE = 8  # packed in one go: bounds the memory that takes
+
+
+def why_not_tiled(
+    config: ModelConfig, formats: Iterable[tuple[QuantFormat | None, QuantFormat | None]]
+) -> str | None:
+    """The reason that a model's step cannot be one kernel, whatever the GPU; None if it can.
+
+    formats: of gate_up and down, each pair that there is
+    """
+    c = config
+    if tuple(formats) != ((MXFP4, MXFP4),):
+        return "its experts are not in MXFP4"
+    if c.head_width != 64 or c.num_heads // c.num_kv_heads > 14 or c.experts_per_token != 4:
+        return "it is for heads of 64 numbers, up to 14 of them to a kv head, and 4 experts a token"
+    if c.num_experts > 128 or c.model_width % 32 or c.expert_width % 32 or c.model_width > 4096:
+        return "it is for up to 128 experts and widths up to 4096 that divide by 32"
+    return None
+
+
+def more_bytes(config: ModelConfig, *, fp8: bool) -> MoreBytes:
+    """What tiles take beside the weights as stored.
+
+    Dense weights stand in rows for prompts and in tiles for the step, in FP8 or bf16. Experts stand
+    in tiles only, which are padded; while a layer's are packed it is there a second time, and a few
+    of its experts in wider types.
+    """
+    c = config
+    shapes = {
+        "qkv": (c.qkv_width, c.model_width),
+        "out": (c.model_width, c.attention_width),
+        "head": (c.vocab_size, c.model_width),
+    }
+    each = {
+        name: tiles_of(rows, columns) * TILE_ROWS * TILE_COLUMNS * (1 if fp8 else 2)
+        for name, (rows, columns) in shapes.items()
+    }
+    dense = c.num_layers * (each["qkv"] + each["out"]) + each["head"]
+    codes = 3 * c.expert_width * c.model_width // 2  # of an expert
+    stored = codes * 17 // 16  # with its scales
+    padded = sum(expert_half_tiles(c)) * EXPERT_TILE_BYTES
+    packing = c.num_experts * stored + 12 * EXPERTS_AT_ONCE * codes
+    return MoreBytes(dense + c.num_layers * c.num_experts * (padded - stored), packing)
+
+
+def expert_half_tiles(config: ModelConfig) -> tuple[int, int]:
+    """Tiles of an expert's gate_up and of its down."""
+    c = config
+    return tiles_of(2 * c.expert_width, c.model_width), tiles_of(c.model_width, c.expert_width)
