@@ -26,7 +26,7 @@ def hold():
 
 
 def handlers(modules):
-    exchange, multiply, step = modules
+    exchange, multiply, stamps, step = modules
 
     def sums(ptrs, old, count):
         hold()
@@ -96,7 +96,7 @@ def handlers(modules):
             found[getattr(exchange, name + str(n))] = handler
     found[multiply._DECODE] = decode
     found[step.SAME] = lambda x: x
-    found[step.CLOCK] = lambda x: T(np.int64(time.monotonic_ns()))
+    found[stamps.CLOCK] = lambda x: T(np.int64(time.monotonic_ns()))
     return found
 
 
@@ -107,7 +107,7 @@ def kernel():
     emulated.inline_asm = handlers(
         [
             emulated.load_module(f"kernels.persistent.{name}")
-            for name in ("exchange", "multiply", "step")
+            for name in ("exchange", "multiply", "stamps", "step")
         ]
     )
     return module.step_kernel

@@ -1,0 +1,85 @@
+"""Which program does what in a phase, and where the words lie that programs add to."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr):
+    """A program's column of tiles, and its first and last + 1 block of rows in it.
+
+    Programs that work on a column are neighbours; those without work stand evenly among the rest,
+    because each group of processors has its own way to memory.
+    """
+    EACH: gl.constexpr = S.programs // COLUMNS
+    ACTIVE: gl.constexpr = EACH * COLUMNS
+    place = program * ACTIVE // S.programs
+    column = place // EACH
+    part = place - column * EACH
+    first = BLOCKS * part // EACH
+    works = (program + 1) * ACTIVE // S.programs > place
+    return column, first, gl.where(works, BLOCKS * (part + 1) // EACH, first)
+
+
+@gluon.jit
+def duty(program, S: gl.constexpr):
+    """A program's place in the order in which programs take parts of the router.
+
+    Those without tiles of experts come first: who is late with an expert's tiles delays all.
+    """
+    COLUMNS: gl.constexpr = S.top_k * S.gate_up_columns
+    ACTIVE: gl.constexpr = S.programs // COLUMNS * COLUMNS
+    before = program * ACTIVE // S.programs
+    works = (program + 1) * ACTIVE // S.programs > before
+    return gl.where(works, S.programs - ACTIVE + before, program - before)
+
+
+@gluon.jit
+def attention_duty(program, S: gl.constexpr):
+    """A program's place in the order in which programs take parts of the cache.
+
+    First those without tiles of the qkv projection, then the first of each column of tiles, which
+    has no more of them than the others: they have time to bring keys and values near.
+    """
+    EACH: gl.constexpr = S.programs // S.width_columns
+    ACTIVE: gl.constexpr = EACH * S.width_columns
+    IDLE: gl.constexpr = S.programs - ACTIVE
+    before = program * ACTIVE // S.programs
+    works = (program + 1) * ACTIVE // S.programs > before
+    column = before // EACH
+    is_first = before == column * EACH
+    place = gl.where(is_first, column, S.width_columns + before - column - 1)
+    return gl.where(works, IDLE + place, program - before)
+
+
+@gluon.jit
+def expert_share(half, program, S: gl.constexpr):
+    """A program's part of gate_up (half 0) or down (1) of the chosen experts.
+
+    Returns the expert's place among the chosen, its column of tiles, first and last + 1 block.
+    """
+    column, first, last = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
+    columns = S.gate_up_columns + half * (S.down_columns - S.gate_up_columns)
+    if half == 1:
+        column, first, last = share(program, S.top_k * S.down_columns, S.down_blocks, S)
+    place = gl.minimum(column // columns, S.top_k - 1)
+    return place, column - place * columns, first, last
+
+
+@gluon.jit
+def sum_words(S: gl.constexpr, E2: gl.constexpr):
+    """Words of one set of sums."""
+    return (S.out_blocks + S.qkv_blocks + S.top_k * S.gate_up_blocks) * 128 + E2 + 2
+
+
+@gluon.jit
+def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
+    """Sums of a launch: residual, qkv, gate_up, router, signatures of readers of the residual.
+
+    There are two sets: a launch uses one and clears the other.
+    """
+    residual = sums + (launch & 1) * sum_words(S, E2)
+    qkv = residual + S.out_blocks * 128
+    gate_up = qkv + S.qkv_blocks * 128
+    router = gate_up + S.top_k * S.gate_up_blocks * 128
+    return residual, qkv, gate_up, router, router + E2

@@ -1,0 +1,117 @@
+"""A program's 320 numbers of the vector that a phase reads, as the tensor cores take them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
+
+from kernels.persistent.exchange import (
+    sum_of,
+    wait_for_sums,
+    wait_for_tagged,
+    wait_for_two_sums,
+)
+from kernels.persistent.gluon_names import wait_for_warps
+from kernels.persistent.multiply import power_of_two_for, store_bf16_terms, store_fp8_terms
+
+
+@gluon.jit
+def scaled(v):
+    """v times a power of two that E4M3 holds, and the inverse of that."""
+    scale, unscale = power_of_two_for(gl.max(gl.max(gl.abs(v), 1), 0))
+    return v * scale, unscale
+
+
+@gluon.jit
+def slice_stored():
+    """The tensor cores can read what all warps have stored."""
+    fence_async_shared()
+    wait_for_warps()
+
+
+@gluon.jit
+def _places(column, GROUP: gl.constexpr):
+    """Group numbers of a slice of 320 columns, element numbers, and which are there: [16, 32] or
+    [32, 16], of which 10 or 20 rows are used."""
+    GROUPS: gl.constexpr = 512 // GROUP
+    L: gl.constexpr = gl.BlockedLayout([1, 1], [32 // GROUP, GROUP], [8, 1], [1, 0])
+    g = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, L))
+    i = gl.arange(0, GROUP, layout=gl.SliceLayout(0, L))
+    inside = (g < 320 // GROUP)[:, None] & (i >= 0)[None, :]
+    return g, inside, column * 320 + gl.minimum(g, 320 // GROUP - 1)[:, None] * GROUP + i[None, :]
+
+
+@gluon.jit
+def store_dense(v, store, at, S: gl.constexpr):
+    """A slice for dense tiles, [16, 32] or [32, 16]; returns what multiplies its sums."""
+    if S.fp8:
+        v, unscale = scaled(v)
+        store_fp8_terms(v, store.index(at), 16)
+    else:
+        store_bf16_terms(v, store.index(at), 32)
+        unscale = 1.0
+    return unscale
+
+
+@gluon.jit
+def residual_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
+    """320 numbers of the residual: weighted by the norm, and the sums of plain ones' squares."""
+    GROUP: gl.constexpr = S.group
+    g, inside, k = _places(column, GROUP)
+    inside = inside & (k < S.width)
+    k = gl.minimum(k, S.width - 1)
+    weight = gl.load(norm_ptr + k).to(gl.float32)
+    zero = gl.zeros_like(k.to(gl.int64))
+    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
+    x = gl.where(inside, x, 0.0)
+    return g, x * weight, gl.sum(x * x, 1)
+
+
+@gluon.jit
+def attention_slice(attention, tag, column, S: gl.constexpr):
+    """320 outputs of attention."""
+    GROUP: gl.constexpr = S.group
+    _, inside, k = _places(column, GROUP)
+    inside = inside & (k < S.attention_width)
+    a = wait_for_tagged(attention + gl.minimum(k, S.attention_width - 1), tag, 2)
+    return gl.where(inside, a, 0.0)
+
+
+@gluon.jit
+def gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
+    """320 numbers of the residual, weighted by the norm, [16, 32]."""
+    _, inside, k = _places(column, 32)
+    inside = inside & (k < S.width)
+    k = gl.minimum(k, S.width - 1)
+    weight = gl.load(norm_ptr + k).to(gl.float32)
+    zero = gl.zeros_like(k.to(gl.int64))
+    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
+    return gl.where(inside, x * weight, 0.0)
+
+
+@gluon.jit
+def down_slice(sums_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
+    """320 activations of an expert, [16, 32], and what the sums were."""
+    _, inside, k = _places(column, 32)
+    inside = inside & (k < S.hidden)
+    k = gl.minimum(k, S.hidden - 1)
+    complete = gl.zeros_like(old_gate) + S.gate_up_columns
+    gates, ups = wait_for_two_sums(
+        sums_ptr + 2 * k, sums_ptr + 2 * k + 1, old_gate, old_up, complete
+    )
+    gate = sum_of(gates, old_gate) * factor
+    up = sum_of(ups, old_up) * factor
+    gate = gl.minimum(gate, S.limit)
+    up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
+    hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
+    return gl.where(inside, hidden, 0.0), gates, ups
+
+
+@gluon.jit
+def stage_rows(ptr, factor, first, at, rows, S: gl.constexpr):
+    """Numbers of this program's rows, [ROWS, 128], into shared memory before they are needed."""
+    ROWS: gl.constexpr = S.most_blocks
+    L: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
+    block = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
+    row = block[:, None] * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
+    value = gl.load(ptr + gl.minimum(row, S.width - 1)).to(gl.float32)
+    rows.index(at).store(value * factor)

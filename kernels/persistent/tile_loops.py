@@ -1,0 +1,167 @@
+"""A program's tiles of a phase, one after the other as the rings bring them."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from kernels.persistent.draw import consider, hand_in, nothing_found
+from kernels.persistent.exchange import add_to_sums
+from kernels.persistent.gluon_names import wait_for_warps
+from kernels.persistent.multiply import (
+    dense_piece,
+    load_expert_tile,
+    multiply_expert_tile,
+    row_sums,
+)
+from kernels.persistent.slices import residual_slice, slice_stored, store_dense
+from kernels.persistent.stamps import BEGINS, ENDS, READY, stamp
+
+
+@gluon.jit
+def _wait_full(full, n, slots: gl.constexpr):
+    """Until the ring's tile n is there; its slot."""
+    mbarrier.wait(full.index(n % slots), (n // slots) & 1)
+    return n % slots
+
+
+@gluon.jit
+def dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
+    """Sums [128, 8] of the tile that begins in the ring's n-th slot, and where the next begins."""
+    acc = zero
+    PIECES: gl.constexpr = S.pieces
+    for piece in gl.static_range(PIECES):
+        slot = _wait_full(full, n, S.dense_slots)
+        acc = dense_piece(acc, big, small, xs, x + piece * 10, slot, piece == 0)
+        mbarrier.arrive(empty.index(slot), count=1)
+        n += 1
+    return acc, n
+
+
+@gluon.jit
+def dense_tiles(
+    first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr
+):  # fmt: skip
+    """Add tiles of one column to sums; rows' scales and biases as staged, or neither if plain."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    limit = gl.where(plain, S.qkv_blocks * 128, S.width)
+    for block in range(first, last):
+        acc, n = dense_tile(n, big, small, xs, x, full, empty, zero, S)
+        value = row_sums(acc, MMA, S.fp8) * unscale
+        if S.fp8:
+            scale = rows.index(S.most_blocks + (block - first) % S.most_blocks).load(ROW)
+            value *= gl.where(plain, 1.0, scale)
+        bias = rows.index((block - first) % S.most_blocks).load(ROW)
+        value += gl.where(plain, 0.0, bias)
+        row = block * 128 + gl.arange(0, 128, layout=ROW)
+        add_to_sums(sums + row, value, 1, row < limit)
+    return n
+
+
+@gluon.jit
+def expert_tiles(
+    first,
+    last,
+    n,
+    unscale,
+    bias_factor,
+    mixing,
+    limit,
+    big,
+    small,
+    scales,
+    last_scales,
+    xs,
+    full,
+    empty,
+    sums,
+    S: gl.constexpr,
+):
+    """Add tiles of one column and their biases times bias_factor to sums, all times mixing."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
+    ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    for block in range(first, last):
+        slot = _wait_full(full, n, S.expert_slots)
+        tile = load_expert_tile(big, small, scales, last_scales, slot)
+        mbarrier.arrive(empty.index(slot), count=1)
+        acc, bias = multiply_expert_tile(tile, xs, zero)
+        value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
+        row = block * 128 + gl.arange(0, 128, layout=ROW)
+        add_to_sums(sums + row, value, 1, row < limit)
+        n += 1
+    wait_for_warps()  # the slice may be written again
+    return n
+
+
+@gluon.jit
+def head(
+    n,
+    x_ptr,
+    norm_ptr,
+    count,
+    store,
+    hscale,
+    big,
+    small,
+    xs,
+    full,
+    empty,
+    scale_ptr,
+    logits,
+    draws,
+    settings,
+    seed,
+    step,
+    seen,
+    words,
+    tag,
+    trace,
+    S: gl.constexpr,
+):
+    """Logits: the whole residual times this program's blocks of rows; if it draws, the best of its
+    tokens is published in words."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    squares = 0.0
+    stamp(trace, S.layers, 0, BEGINS, True, S)
+    for column in range(S.width_columns):
+        _, x, ss = residual_slice(x_ptr, norm_ptr, count, column, S)
+        squares += gl.sum(ss, 0)
+        unscale = store_dense(x, store, column, S)
+        hscale.index(column).store(gl.zeros([1], gl.float32, layout=ONE) + unscale)
+    factor = gl.rsqrt(squares / S.width + S.eps)
+    slice_stored()
+    stamp(trace, S.layers, 0, READY, True, S)
+    lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    program = gl.program_id(0)
+    first = S.head_blocks * program // S.programs
+    found = nothing_found(gl.minimum(first * 128 + lane, S.vocabulary - 1))
+    seed_now = gl.load(seed)
+    step_now = gl.load(step)
+    for block in range(first, S.head_blocks * (program + 1) // S.programs):
+        row = block * 128 + lane
+        safe = gl.minimum(row, S.vocabulary - 1)
+        if S.fp8:
+            scale = gl.load(scale_ptr + safe)
+        acc = zero
+        for column in range(S.width_columns):
+            part, n = dense_tile(
+                n, big, small, xs, column * S.slice_groups, full, empty, zero, S
+            )  # fmt: skip
+            if S.fp8:
+                acc += part * gl.sum(hscale.index(column).load(ONE), 0)
+            else:
+                acc += part
+        value = row_sums(acc, MMA, S.fp8) * factor
+        if S.fp8:
+            value *= scale
+        inside = row < S.vocabulary
+        gl.store(logits + row, value, mask=inside)
+        if draws != 0:
+            found = consider(found, value, row, inside, settings, seed_now, step_now, seen)
+    stamp(trace, S.layers, 0, ENDS, True, S)
+    if draws != 0:
+        hand_in(found, words, tag)
