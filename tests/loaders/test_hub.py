@@ -152,11 +152,12 @@ def test_dropped_connections_go_on_from_the_last_byte(hub: FakeHub, client: Clie
 def test_interrupted_process_goes_on_from_where_it_stopped(hub: FakeHub, client: Client) -> None:
     name = "model-00002-of-00002.safetensors"
     hub.hang_after[name] = 300_000
-    process = client.start("resolve", path_or_id=MODEL)
+    slow = {"HF_HUB_DOWNLOAD_TIMEOUT": "120"}  # that a hanging read takes to be given up
+    process = client.start("resolve", path_or_id=MODEL, env=slow)
     assert hub.hanging.wait(30)
     wait_for_part(client.cache, shard(2), 300_000)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=4)  # not the 5 s that a hanging read takes
+    _, err = process.communicate(timeout=60)
     assert process.returncode != 0 and "KeyboardInterrupt" in err
     hub.hang_after.clear()
     hub.released.set()

@@ -197,8 +197,7 @@ def test_deepseek_as_published():
     by_name = {component.name: component for component in found.components}
     assert found.problem is None and found.backends.keys() == {"reference", "triton"}
     assert found.backends["reference"] == "any CPU or GPU"
-    needed = "an NVIDIA GPU of sm_89 or newer; these kernels agree with the reference in"
-    assert found.backends["triton"].startswith(needed)
+    assert found.backends["triton"] == "an NVIDIA GPU of sm_89 or newer"
     assert found.tokenizer.chat_code
     indexer_bytes = 14_422_240  # of one layer
     assert by_name["indexer"].nbytes == 61 * indexer_bytes
