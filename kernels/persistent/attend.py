@@ -23,33 +23,25 @@ NONE = gl.constexpr(-1e30)
 
 
 @gluon.jit
-def _cached(
-    ptr,
-    begin,
-    end,
-    slots,
-    half: gl.constexpr,
-    WIDTH: gl.constexpr,
-    L: gl.constexpr,
-    C: gl.constexpr,
-):
-    """Rows [128, WIDTH] of the cache from position begin on; zeros from end on."""
-    s = begin + gl.arange(0, 128, layout=gl.SliceLayout(1, L))
+def _cached(ptr, slot, count, slots, half: gl.constexpr, WIDTH: gl.constexpr, L: gl.constexpr,
+            C: gl.constexpr):  # fmt: skip
+    """Rows [128, WIDTH] of the ring from a slot on; zeros from row `count` on."""
+    i = gl.arange(0, 128, layout=gl.SliceLayout(1, L))
     c = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, L))
-    mask = (s < end)[:, None] & (c >= 0)[None, :]
-    return gl.load(
-        ptr + (s % slots)[:, None] * C + (half * WIDTH + c)[None, :], mask=mask, other=0.0
-    )
+    at = slot + i
+    at = gl.where(at >= slots, at - slots, at)
+    mask = (i < count)[:, None] & (c >= 0)[None, :]
+    return gl.load(ptr + at[:, None] * C + (half * WIDTH + c)[None, :], mask=mask, other=0.0)
 
 
 @gluon.jit
-def _cached_block(k_ptr, v_ptr, begin, end, slots, C: gl.constexpr):
-    """Keys (in two halves) and values of 128 positions."""
+def _cached_block(k_ptr, v_ptr, slot, count, slots, C: gl.constexpr):
+    """Keys (in two halves) and values of up to 128 positions."""
     KL: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [8, 1], [1, 0])
     VL: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [8, 1], [1, 0])
-    k_lo = _cached(k_ptr, begin, end, slots, 0, C // 2, KL, C)
-    k_hi = _cached(k_ptr, begin, end, slots, 1, C // 2, KL, C)
-    return k_lo, k_hi, _cached(v_ptr, begin, end, slots, 0, C, VL, C)
+    k_lo = _cached(k_ptr, slot, count, slots, 0, C // 2, KL, C)
+    k_hi = _cached(k_ptr, slot, count, slots, 1, C // 2, KL, C)
+    return k_lo, k_hi, _cached(v_ptr, slot, count, slots, 0, C, VL, C)
 
 
 @gluon.jit
@@ -185,7 +177,9 @@ def attend(
     row = gl.arange(0, 16, layout=gl.SliceLayout(1, MMA))
     sink = gl.load(sinks + layer * S.heads + kv_head * R + row % R).to(gl.float32)
     # Earlier tokens' rows are asked for before this one's is waited for.
-    k_lo, k_hi, v = _cached_block(k_at, v_at, begin, end, slots, C)
+    slot = begin % slots
+    own_slot = (position % slots) * C
+    k_lo, k_hi, v = _cached_block(k_at, v_at, slot, end - begin, slots, C)
     k_lo, k_hi, v = _as_operands(k_lo, k_hi, v)
     _turn(
         old_lo,
@@ -219,15 +213,16 @@ def attend(
         total = total + 1.0
         value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
         acc = acc + value.to(gl.float32)[None, :]
-        slot = (position % slots) * C
-        gl.store(k_at + slot + half, new_lo)
-        gl.store(k_at + slot + C // 2 + half, new_hi)
-        gl.store(v_at + slot + column, value)
+        gl.store(k_at + own_slot + half, new_lo)
+        gl.store(k_at + own_slot + C // 2 + half, new_hi)
+        gl.store(v_at + own_slot + column, value)
     s = begin
     more = True
     while more:
         more = s + 128 < end
-        next_lo, next_hi, next_v = _cached_block(k_at, v_at, s + 128, end, slots, C)
+        slot += 128
+        slot = gl.where(slot >= slots, slot - slots, slot)
+        next_lo, next_hi, next_v = _cached_block(k_at, v_at, slot, end - s - 128, slots, C)
         biggest, total, acc = _attend_block(
             q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
