@@ -29,6 +29,8 @@ def why_not_tiled(
         return "its experts are not in MXFP4"
     if c.head_width != 64 or c.num_heads // c.num_kv_heads > 14 or c.experts_per_token != 4:
         return "it is for heads of 64 numbers, up to 14 of them to a kv head, and 4 experts a token"
+    if not c.swiglu_limit > 0:
+        return "its experts' activation has no bound"
     if c.num_experts > 128 or c.model_width % 32 or c.expert_width % 32 or c.model_width > 4096:
         return "it is for up to 128 experts and widths up to 4096 that divide by 32"
     return None

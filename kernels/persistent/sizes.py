@@ -7,6 +7,7 @@ the grid has for each column divide the column's tiles among them.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 TILE_ROWS = 128
@@ -167,6 +168,12 @@ class StepSizes:
         of two."""
         most = cdiv(self.out_blocks, self.programs // self.out_columns)
         return 1 << (most - 1).bit_length()
+
+    @property
+    def hidden_scale(self) -> float:
+        """A power of two that brings an expert's activations, limit * (limit + 1) at most, to what
+        E4M3 holds, which is 448."""
+        return 2.0 ** math.floor(math.log2(448 / (self.limit * (self.limit + 1.0))))
 
     @property
     def heads_per_kv(self) -> int:

@@ -244,10 +244,12 @@ def consumer(
             if first < last:
                 if half == 0:
                     x = gate_up_slice(residual, moe_norms + layer * S.width, count, column, S)
+                    x, unscale = scaled(x)
                 else:
                     at = gate_up + place * (S.gate_up_blocks * 128)
                     x, old_gate, old_up = down_slice(at, old_gate, old_up, factor, column, S)
-                x, unscale = scaled(x)
+                    x *= S.hidden_scale
+                    unscale = 1.0 / S.hidden_scale
                 store_fp8_terms(x, estore.index(0), 16)
                 unscale *= 64.0
             if half == 0:
