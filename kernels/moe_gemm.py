@@ -6,8 +6,8 @@ Scales of 128x128 blocks multiply the fp32 sums of each step, scales of rows and
 the sums at the end.
 
 Experts in the tiles of the persistent step (kernels/persistent/pack.py) are read as they lie: one
-chunk of a tile is a step, its rows and columns stand in the order of the words, and the columns of
-x and the numbers of the rows follow that order.
+chunk of a tile is a step, its rows and columns stand in the order of the words. The columns of x
+are put into that order before (in_chunk_order), so that they are read in whole pieces.
 
 T tokens, D model width, F expert width, E experts, K experts per token; in the kernel N and K are
 the rows and columns of the weight, M a block of (token, slot) pairs.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.moe_routing import Routing
 from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts
-from kernels.persistent.sizes import PIECE_CHUNKS, TILE_ROWS
+from kernels.persistent.sizes import PIECE_CHUNKS, TILE_COLUMNS, TILE_ROWS
 from kernels.swiglu import Swiglu, swiglu
 from kernels.weight_formats import (
     as_words,
@@ -34,6 +34,8 @@ from kernels.weight_formats import (
 )
 from kernels.weight_tiles import decode_chunk, decode_tile
 from quant.tensor import QuantTensor
+
+CHUNK_COLUMNS = TILE_COLUMNS // PIECE_CHUNKS  # of a tile
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,6 @@ def chunk_rows(ROWS: tl.constexpr):
     return i // 16 * 16 + i % 2 * 8 + i // 2 % 8
 
 
-@triton.jit
-def chunk_columns():
-    """Column numbers of a chunk in the order in which it is decoded: 4 c + e of each 16 in turn."""
-    i = tl.arange(0, 64)
-    return i // 4 % 4 * 16 + i // 16 * 4 + i % 4
-
-
 # A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
 # so that blocks of one expert read its weights from L2. Grid: B, N / BLOCK_N.
 # The number of pairs is not specialised: no prompt length compiles anything new.
@@ -86,6 +81,7 @@ def _moe_gemm_kernel(
     pairs,
     N: tl.constexpr,
     K: tl.constexpr,
+    X_STRIDE: tl.constexpr,  # from one row of x to the next: K, but for tiles whole chunks
     E: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,  # pairs that share a row of x
     CODES: tl.constexpr,
@@ -98,6 +94,7 @@ def _moe_gemm_kernel(
     FIRST_TILE: tl.constexpr,
     TILE_BYTES: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a tile
+    OUT_STRIDE: tl.constexpr,
     SWIGLU: tl.constexpr,
     GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
     TO_UP: tl.constexpr,
@@ -126,25 +123,20 @@ def _moe_gemm_kernel(
             n = tl.program_id(1) * BLOCK_N + chunk_rows(BLOCK_N)
             row = expert * N + n
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
+        chunk = tl.program_id(1) * 0
         for k0 in range(0, K, BLOCK_K):
-            k = k0 + (chunk_columns() if TILED else tl.arange(0, BLOCK_K))
-            x = tl.load(
-                x_ptr + x_row[:, None] * K + k[None, :],
-                mask=working[:, None] & (k < K)[None, :],
-                other=0.0,
-            )
+            k = k0 + tl.arange(0, BLOCK_K)
+            inside = working[:, None]
+            if not TILED:
+                inside = inside & (k < K)[None, :]
+            x = tl.load(x_ptr + x_row[:, None] * X_STRIDE + k[None, :], mask=inside, other=0.0)
             if TILED:
-                chunk = k0 // BLOCK_K
-                tile = (
-                    expert * (TILES_PER_EXPERT * TILE_BYTES)
-                    + (
-                        FIRST_TILE
-                        + chunk // CHUNKS * ((N + BLOCK_N - 1) // BLOCK_N)
-                        + tl.program_id(1)
-                    )
-                    * TILE_BYTES
-                )
-                w = decode_chunk(weights_ptr + tile, chunk % CHUNKS, x.dtype, BLOCK_N, CHUNKS)
+                w = decode_chunk(weights_ptr + tile, chunk, x.dtype, BLOCK_N, CHUNKS)
+                # The next chunk; behind the last one the same rows' tile of the next columns.
+                is_last = chunk == CHUNKS - 1
+                tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
+                chunk = tl.where(is_last, 0, chunk + 1)
             elif CODES == "bf16":
                 w = tl.load(
                     weights_ptr + row[:, None] * K + k[None, :],
@@ -192,12 +184,14 @@ def _moe_gemm_kernel(
                 f = tl.program_id(1) * (BLOCK_N // 2) + i // 8 * 8 + i % 2 * 4 + i // 2 % 4
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
             hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
-            out = out_ptr + pair.to(tl.int64)[:, None] * (N // 2) + f[None, :]
             inside = working[:, None] & (f < N // 2)[None, :]
+            if TILED:  # what it is multiplied with stands in tiles too
+                f = f // 64 * 64 + f // 4 % 4 * 16 + f // 16 % 4 * 4 + f % 4
+            out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + f[None, :]
             tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
         else:
             weight = tl.load(expert_weights_ptr + pair, mask=working, other=0.0)
-            out = out_ptr + pair.to(tl.int64)[:, None] * N + n[None, :]
+            out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + n[None, :]
             inside = working[:, None] & (n < N)[None, :]
             tl.store(out, acc * weight[:, None], mask=inside)
 
@@ -237,14 +231,20 @@ def moe_gemm_gate_up(
     bias:        [E, 2F] or None
     routing:     of these tokens
     activation:  also says how gate and up rows stand
-    returns      [T * K, F] of x's dtype, row token * K + slot
+    returns      [T * K, F] of x's dtype, row token * K + slot, as moe_gemm_down takes it: for tiles
+                 in_chunk_order
 
     4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
     """
     tokens = len(x_TD)
-    rows = gate_up.shape[1]
+    width = gate_up.shape[1] // 2
     top_k = routing.expert_weights.shape[1]
-    out = torch.empty((tokens * top_k, rows // 2), dtype=x_TD.dtype, device=x_TD.device)
+    out = x_TD.new_empty((tokens * top_k, width))
+    if isinstance(gate_up, TiledExperts):
+        x_TD = in_chunk_order(x_TD)
+        padded = triton.cdiv(width, CHUNK_COLUMNS) * CHUNK_COLUMNS
+        if padded != width:
+            out = x_TD.new_zeros((tokens * top_k, padded))
     _launch(x_TD, gate_up, bias, routing, out, top_k, activation)
     return out
 
@@ -254,7 +254,7 @@ def moe_gemm_down(
 ) -> Tensor:
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
-    hidden:   [T * K, F] of moe_gemm_gate_up
+    hidden:   [T * K, F] of moe_gemm_gate_up; for tiles in_chunk_order
     down:     [E, D, F] in any format, or in tiles
     bias:     [E, D] or None
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
@@ -264,6 +264,17 @@ def moe_gemm_down(
     out = torch.empty((len(hidden), down.shape[1]), dtype=torch.float32, device=hidden.device)
     _launch(hidden, down, bias, routing, out, 1, None)
     return out
+
+
+def in_chunk_order(x: Tensor) -> Tensor:
+    """Columns of [.., K] as chunks of tiles hold them, with zeros up to a whole chunk.
+
+    Of each 64 columns, column 16 q + 4 c + e comes to place 16 c + 4 q + e.
+    """
+    missing = -x.shape[-1] % CHUNK_COLUMNS
+    if missing:
+        x = torch.nn.functional.pad(x, (0, missing))
+    return x.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).flatten(-4)
 
 
 def add_expert_outputs(outputs: Tensor, residual_TD: Tensor) -> Tensor:
@@ -329,11 +340,13 @@ def _launch(
         len(out),
         N=rows,
         K=columns,
+        X_STRIDE=x.shape[1],
         E=experts,
         PAIRS_PER_ROW=pairs_per_row,
         **formats,
         TILE_BYTES=EXPERT_TILE_BYTES,
         CHUNKS=PIECE_CHUNKS,
+        OUT_STRIDE=out.shape[1],
         SWIGLU=activation is not None,
         GATE_STEP=step,
         TO_UP=to_up,

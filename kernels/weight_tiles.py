@@ -79,13 +79,16 @@ def decode_chunk(tile_ptr, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexp
     word = tl.arange(0, 16)
     words_ptr = tile_ptr.to(tl.pointer_type(tl.int32)) + chunk * (ROWS * 8)
     words = tl.load(words_ptr + pair[:, None] * 16 + word[None, :])
-    # Scales: bytes of words, [words, rows]. A chunk's groups are in two words, the last's in one.
-    second = tl.arange(0, 2)
+    # Scales are bytes of words [words, rows]. Whole words are loaded: those can be under way while
+    # others are decoded. A chunk's two groups are in two words, those of the last chunk in one.
+    group = tl.arange(0, 2)
     row = pair // 8 * 16 + pair % 8
-    place = tl.where(chunk < 4, second * (ROWS * 4) + chunk, 2 * (ROWS * 4) + second)
-    scales = tile_ptr + CHUNKS * ROWS * 32 + place[None, :]
-    first = tl.load(scales + row[:, None] * 4)
-    second = tl.load(scales + (row + 8)[:, None] * 4)
+    is_last = chunk == CHUNKS - 1
+    word = tl.where(is_last, 2, group)
+    shift = tl.where(is_last, group * 8, group * 0 + chunk * 8)[None, :]
+    scales = tile_ptr.to(tl.pointer_type(tl.int32)) + CHUNKS * ROWS * 8 + word[None, :] * ROWS
+    first = (tl.load(scales + row[:, None]) >> shift) & 0xFF
+    second = (tl.load(scales + (row + 8)[:, None]) >> shift) & 0xFF
     if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
         bits = words.to(tl.uint32, bitcast=True)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
         code = bits.to(tl.int32)
