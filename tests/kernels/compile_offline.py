@@ -51,6 +51,7 @@ from kernels import (
 )
 from kernels.moe_routing import Routing
 from kernels.packed_vector import packed_vectors
+from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, tiles_of
 from kernels.swiglu import Swiglu
 from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0, MXFP4, NVFP4, QuantFormat
 from quant.tensor import QuantTensor
@@ -152,6 +153,24 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
         )
         outputs = moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
     moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))
+
+
+def run_moe_gemm_tiled(s: Sizes) -> None:
+    """Experts in the tiles of the persistent step."""
+    first_down = tiles_of(2 * s.F, s.D)
+    count = first_down + tiles_of(s.D, s.F)
+    tiles = empty(s.E, count, EXPERT_TILE_BYTES, dtype=torch.uint8)
+    gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D))
+    down = TiledExperts(tiles, first_down, (s.E, s.D, s.F))
+    routing = Routing(fp32(300, s.K), int32(40), int32(40, 128))
+    hidden = moe_gemm.moe_gemm_gate_up(
+        empty(300, s.D),
+        gate_up,
+        empty(s.E, 2 * s.F),
+        routing,
+        Swiglu(7.0, 1.702, 1.0, alternating=True),
+    )
+    moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
 
 
 def run_moe_routing(s: Sizes) -> None:
@@ -360,6 +379,7 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sink_attention_prefill": run_prefill_attention,
     "moe_routing": run_moe_routing,
     "moe_gemm": run_moe_gemm,
+    "moe_gemm_tiled": run_moe_gemm_tiled,
     "gemv": run_gemv,
     "router_topk": run_router,
     "moe_gemv": run_moe_gemv,
