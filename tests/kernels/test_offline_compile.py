@@ -55,5 +55,5 @@ def test_the_persistent_step_compiles_and_fits(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for found in map(json.loads, done.stdout.splitlines()):
         assert found["shared_bytes"] <= found["planned_shared_bytes"] <= SHARED_LIMIT[90], found
-        # Triton 3.6 keeps (almost) all in registers, 3.9 puts some 300 bytes on the stack.
-        assert found["stack_bytes"] <= 512, found
+        # Triton 3.6 keeps (almost) all in registers, 3.9 puts up to some 500 bytes on the stack.
+        assert found["stack_bytes"] <= 640, found
