@@ -162,6 +162,7 @@ def attend(
     R: gl.constexpr = S.heads_per_kv
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
+    B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
     per = gl.cdiv(position - first, used)
     begin = first + split * per
@@ -203,19 +204,14 @@ def attend(
     q_lo = qs.slice(0, C // 2, dim=1).load(A)
     q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
     if split == 0:
-        new_lo = rows.index(2 * R).load(gl.SliceLayout(0, L))
-        new_hi = rows.index(2 * R + 1).load(gl.SliceLayout(0, L))
-        own = qs.slice(0, C // 2, dim=1).load(L).to(gl.float32) * new_lo.to(gl.float32)[None, :]
-        own += (
-            qs.slice(C // 2, C // 2, dim=1).load(L).to(gl.float32) * new_hi.to(gl.float32)[None, :]
-        )
-        biggest = gl.convert_layout(gl.sum(own, 1) * scale, gl.SliceLayout(1, MMA))
+        # The token's own key, eight times: every warp has its scores, no warp needs another's.
+        none = gl.zeros([C // 2, 8], gl.bfloat16, layout=B)
+        own_lo = rows.index(2 * R).load(gl.SliceLayout(1, B))[:, None] + none
+        own_hi = rows.index(2 * R + 1).load(gl.SliceLayout(1, B))[:, None] + none
+        own = mma_v2(q_lo, own_lo, gl.zeros([16, 8], gl.float32, layout=MMA))
+        biggest = gl.max(mma_v2(q_hi, own_hi, own), 1) * scale
         total = total + 1.0
-        value = whole.index(R + 1).load(gl.SliceLayout(0, MMA))
-        acc = acc + value.to(gl.float32)[None, :]
-        gl.store(k_at + own_slot + half, new_lo)
-        gl.store(k_at + own_slot + C // 2 + half, new_hi)
-        gl.store(v_at + own_slot + column, value)
+        acc = acc + whole.index(R + 1).load(gl.SliceLayout(0, MMA)).to(gl.float32)[None, :]
     s = begin
     more = True
     while more:
@@ -243,6 +239,11 @@ def attend(
         publish(peaks + part, biggest, tag, row < R)
         publish(totals + part, total, tag, row < R)
         _merge(layer, kv_head, split, tag, parts, attention, sinks, S)
+    if split == 0:  # for the tokens behind this one; nobody waits for it
+        first_half = k_at + own_slot + half
+        gl.store(first_half, rows.index(2 * R).load(gl.SliceLayout(0, L)))
+        gl.store(first_half + C // 2, rows.index(2 * R + 1).load(gl.SliceLayout(0, L)))
+        gl.store(v_at + own_slot + column, whole.index(R + 1).load(gl.SliceLayout(0, MMA)))
 
 
 @gluon.jit
