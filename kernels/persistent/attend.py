@@ -55,6 +55,20 @@ def _as_operands(k_lo, k_hi, v):
 
 
 @gluon.jit
+def _row_max(scores):
+    """Largest of each row of [16, 128]. A warp has columns 8 w to 8 w + 7 of both halves; each
+    writes its own largest, and every thread reads those of its rows."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
+    BY_ROW: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]],
+        [[0, 0], [0, 0], [0, 0]], [], [16, 8],
+    )  # fmt: skip
+    of_warps = gl.max(gl.max(scores.reshape([16, 2, 8, 8]), 3), 1)
+    found = gl.max(gl.convert_layout(of_warps, BY_ROW), 1)
+    return gl.convert_layout(found, gl.SliceLayout(1, MMA), assert_trivial=True)
+
+
+@gluon.jit
 def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, factor: gl.constexpr):
     """128 cached positions more."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
@@ -64,13 +78,15 @@ def _attend_block(q_lo, q_hi, k_lo, k_hi, v, begin, end, biggest, total, acc, fa
     scores = mma_v2(q_hi, k_hi, scores) * factor
     there = (begin + gl.arange(0, 128, layout=gl.SliceLayout(0, MMA)) < end)[None, :]
     scores = gl.where(there, scores, NONE)
-    new = gl.maximum(biggest, gl.max(scores, 1))
+    new = gl.maximum(biggest, _row_max(scores))
     p = gl.where(there, gl.exp(scores - new[:, None]), 0.0)
     shrink = gl.exp(biggest - new)
-    total = total * shrink + gl.sum(p, 1)
     p = gl.convert_layout(p.to(gl.bfloat16), A)
     acc = mma_v2(p, v, acc * shrink[:, None])
-    return new, total, acc
+    # The tensor cores add up the row too: eight columns of the same, in every warp.
+    ones = gl.full([128, 8], 1.0, gl.bfloat16, layout=gl.DotOperandLayout(1, MMA, 2))
+    sums = mma_v2(p, ones, gl.zeros([16, 8], gl.float32, layout=MMA))
+    return new, total * shrink + gl.max(sums, 1), acc
 
 
 @gluon.jit

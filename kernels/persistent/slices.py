@@ -17,7 +17,9 @@ from kernels.persistent.multiply import power_of_two_for, store_bf16_terms, stor
 @gluon.jit
 def scaled(v):
     """v times a power of two that E4M3 holds, and the inverse of that."""
-    scale, unscale = power_of_two_for(gl.max(gl.max(gl.abs(v), 1), 0))
+    EACH: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])  # in every warp
+    largest = gl.convert_layout(gl.max(gl.abs(v), 1), EACH)
+    scale, unscale = power_of_two_for(gl.max(largest, 0))
     return v * scale, unscale
 
 
