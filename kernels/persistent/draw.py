@@ -75,7 +75,12 @@ def consider(found, logit, token, inside, settings, seed, step, seen):
 def hand_in(found, words, tag):
     """Publish what this program found; of equal scores the first token."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    best, token, logit, peak, total = found
+    EACH: gl.constexpr = gl.BlockedLayout([4], [32], [8], [0])  # in every warp: no barriers
+    best = gl.convert_layout(found[0], EACH)
+    token = gl.convert_layout(found[1], EACH)
+    logit = gl.convert_layout(found[2], EACH)
+    peak = gl.convert_layout(found[3], EACH)
+    total = gl.convert_layout(found[4], EACH)
     score = gl.max(best, 0)
     first = gl.min(gl.where(best == score, token, 0x7FFFFFFF), 0)
     # A token stands in one place, but places without a score have its number too.
@@ -94,14 +99,20 @@ def pick_token(
 ):  # fmt: skip
     """One program: the best of all programs' tokens; moves the request one step on."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    EACH: gl.constexpr = gl.BlockedLayout([8], [32], [8], [0])  # in every warp: no barriers
     p = gl.arange(0, 256, layout=ONE)
     there = p < S.programs
     at = words + gl.minimum(p, S.programs - 1) * WORDS
     score = gl.where(there, wait_for_tagged_if(at, tag, there), _WORST)
-    token = wait_for_tagged_if(at + 1, tag, there).to(gl.int32, bitcast=True)
-    logit = wait_for_tagged_if(at + 2, tag, there)
+    score = gl.convert_layout(score, EACH)
+    token = gl.convert_layout(wait_for_tagged_if(at + 1, tag, there), EACH)
+    token = token.to(gl.int32, bitcast=True)
+    logit = gl.convert_layout(wait_for_tagged_if(at + 2, tag, there), EACH)
     peak = gl.where(there, wait_for_tagged_if(at + 3, tag, there), _NONE)
-    total = wait_for_tagged_if(at + 4, tag, there)
+    peak = gl.convert_layout(peak, EACH)
+    total = gl.convert_layout(wait_for_tagged_if(at + 4, tag, there), EACH)
+    p = gl.arange(0, 256, layout=EACH)
+    there = p < S.programs
     best = gl.max(score, 0)
     winner = gl.min(gl.where(there & (score == best), p, 256), 0)
     token = gl.sum(gl.where(p == winner, token, 0), 0)

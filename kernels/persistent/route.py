@@ -111,7 +111,7 @@ def choose(
 
 @gluon.jit
 def pick(place, four):
-    """One of four scalars."""
+    """One of four scalars, or several by a tensor of places."""
     return gl.where(
         place == 0, four[0], gl.where(place == 1, four[1], gl.where(place == 2, four[2], four[3]))
     )

@@ -266,8 +266,9 @@ def consumer(
                     E2,
                 )
                 stamp(trace, layer, ROUTER, ENDS, True, S)
-                for j in gl.static_range(4):
-                    chosen.index(j).store(gl.zeros([1], gl.int32, layout=ONE) + ids[j])
+                seen_as(chosen, gl.int32, [4], FLAT).store(
+                    pick(gl.arange(0, 4, layout=ONE), ids)
+                )  # in one store: the compiler puts a barrier between two
                 mbarrier.arrive(routed.index(0), count=1)
                 worker = attention_duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
