@@ -397,7 +397,7 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "read_bandwidth": run_read_bandwidth,
 }
 # On other architectures than sm_90, to be quick: what has matrix products, which differ most.
-_ELSEWHERE = ("sink_attention_prefill", "moe_gemm", "moe_gemv")
+_ELSEWHERE = ("sink_attention_prefill", "moe_gemm")
 
 
 def compile_all(arch: int, rows: list[str] | None = None) -> list[Compiled]:

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 TOOL = pathlib.Path(__file__).with_name("compile_offline.py")
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
-NUM_ROWS = {80: 3, 90: 21, 100: 3, 120: 3}
+NUM_ROWS = {80: 2, 90: 21, 100: 2, 120: 2}
 
 
 @pytest.fixture(scope="module", params=sorted(SHARED_LIMIT), ids="sm_{}".format)
