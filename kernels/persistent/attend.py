@@ -114,22 +114,9 @@ def qkv_words(sums, kv_head, S: gl.constexpr):
 
 @gluon.jit
 def _turn(
-    old_lo,
-    old_hi,
-    layer,
-    kv_head,
-    position,
-    tag,
-    squares,
-    qkv,
-    qkv_scale,
-    qkv_bias,
-    cos,
-    sin,
-    qs,
-    trace,
-    S: gl.constexpr,
-):
+    old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs,
+    trace, S: gl.constexpr,
+):  # fmt: skip
     """Wait for a kv head's queries, key and value; finish and rotate them; rows of qs, in bf16."""
     C: gl.constexpr = S.head_width
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
@@ -199,22 +186,9 @@ def attend(
     k_lo, k_hi, v = _cached_block(k_at, v_at, slot, end - begin, slots, C)
     k_lo, k_hi, v = _as_operands(k_lo, k_hi, v)
     _turn(
-        old_lo,
-        old_hi,
-        layer,
-        kv_head,
-        position,
-        tag,
-        squares,
-        qkv,
-        qkv_scale,
-        qkv_bias,
-        cos,
-        sin,
-        qs,
-        trace,
-        S,
-    )
+        old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin,
+        qs, trace, S,
+    )  # fmt: skip
     rows = seen_as(qs, gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     whole = seen_as(qs, gl.bfloat16, [16, C], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
     q_lo = qs.slice(0, C // 2, dim=1).load(A)

@@ -18,19 +18,9 @@ from kernels.persistent.stamps import READY, ROUTER, stamp
 
 @gluon.jit
 def route_part(
-    program,
-    layer,
-    x_ptr,
-    norm_ptr,
-    router,
-    count,
-    tag,
-    sums,
-    squares,
-    trace,
-    S: gl.constexpr,
+    program, layer, x_ptr, norm_ptr, router, count, tag, sums, squares, trace, S: gl.constexpr,
     E2: gl.constexpr,
-):
+):  # fmt: skip
     """128 columns of the router: their part of all experts' logits, and their squares."""
     L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
     e = gl.arange(0, E2, layout=gl.SliceLayout(1, L))

@@ -210,21 +210,9 @@ def consumer(
             stamp(trace, layer, phase, READY, first < last, S)
             sums_at = residual + gl.where(half == 0, S.out_blocks * 128, 0)
             dn = dense_tiles(
-                first,
-                last,
-                dn,
-                unscale,
-                half == 0,
-                big,
-                small,
-                xd,
-                0,
-                dfull,
-                dempty,
-                rows,
-                sums_at,
-                S,
-            )
+                first, last, dn, unscale, half == 0, big, small, xd, 0, dfull, dempty, rows,
+                sums_at, S,
+            )  # fmt: skip
             stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.out_columns
         # ---- router
@@ -254,17 +242,9 @@ def consumer(
                 unscale *= 64.0
             if half == 0:
                 ids, mixing, factor, old_router = choose(
-                    layer,
-                    router_bias,
-                    old_router,
-                    tag,
-                    router_sums,
-                    router_squares,
-                    numbers,
-                    trace,
-                    S,
-                    E2,
-                )
+                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers,
+                    trace, S, E2,
+                )  # fmt: skip
                 stamp(trace, layer, ROUTER, ENDS, True, S)
                 seen_as(chosen, gl.int32, [4], FLAT).store(
                     pick(gl.arange(0, 4, layout=ONE), ids)
@@ -288,29 +268,9 @@ def consumer(
             stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.top_k * S.down_columns
     head(
-        dn,
-        residual,
-        final_norm,
-        count,
-        hstore,
-        hscale,
-        big,
-        small,
-        xh,
-        dfull,
-        dempty,
-        head_scale,
-        logits,
-        draws,
-        settings,
-        seed,
-        step,
-        seen,
-        words,
-        launch + 1,
-        trace,
-        S,
-    )
+        dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale,
+        logits, draws, settings, seed, step, seen, words, launch + 1, trace, S,
+    )  # fmt: skip
     if program == 0:
         gl.store(counter, launch + 1)
         if draws != 0:

@@ -61,23 +61,9 @@ def dense_tiles(
 
 @gluon.jit
 def expert_tiles(
-    first,
-    last,
-    n,
-    unscale,
-    bias_factor,
-    mixing,
-    limit,
-    big,
-    small,
-    scales,
-    last_scales,
-    xs,
-    full,
-    empty,
-    sums,
-    S: gl.constexpr,
-):
+    first, last, n, unscale, bias_factor, mixing, limit, big, small, scales, last_scales, xs, full,
+    empty, sums, S: gl.constexpr,
+):  # fmt: skip
     """Add tiles of one column and their biases times bias_factor to sums, all times mixing."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
@@ -97,29 +83,9 @@ def expert_tiles(
 
 @gluon.jit
 def head(
-    n,
-    x_ptr,
-    norm_ptr,
-    count,
-    store,
-    hscale,
-    big,
-    small,
-    xs,
-    full,
-    empty,
-    scale_ptr,
-    logits,
-    draws,
-    settings,
-    seed,
-    step,
-    seen,
-    words,
-    tag,
-    trace,
-    S: gl.constexpr,
-):
+    n, x_ptr, norm_ptr, count, store, hscale, big, small, xs, full, empty, scale_ptr, logits, draws,
+    settings, seed, step, seen, words, tag, trace, S: gl.constexpr,
+):  # fmt: skip
     """Logits: the whole residual times this program's blocks of rows; if it draws, the best of its
     tokens is published in words."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
