@@ -8,6 +8,7 @@ import torch
 import triton
 
 from kernels import moe_gemm, moe_gemv
+from kernels.compile_ahead import compile_ahead
 from kernels.moe_routing import route_tokens
 from kernels.packed_vector import activation_scale, packed_vectors, store_vector, unpack_vectors
 from kernels.reference import moe_gemm as gemm_twin
@@ -37,21 +38,42 @@ def layer(request):
         return CODECS[request.param].encode(weight)
 
     biases = (torch.randn(EXPERTS, rows, device="cuda").bfloat16() for rows in (2 * WIDTH, WIDTH))
-    return experts(2 * WIDTH), next(biases), experts(WIDTH), next(biases)
+    made = experts(2 * WIDTH), next(biases), experts(WIDTH), next(biases)
+    with compile_ahead():  # on all processors, not one kernel after the other
+        ids, mixing, hidden = one_token(made, moe_gemv)
+        residual = torch.zeros(WIDTH, device="cuda")
+        moe_gemv.moe_down(hidden, made[2], made[3], ids, mixing, residual)
+        for block_rows in moe_gemm.TILES:
+            x, routing = many_tokens(block_rows)
+            hidden = moe_gemm.moe_gemm_gate_up(x, made[0], made[1], routing, ACTIVATION)
+            moe_gemm.moe_gemm_down(hidden, made[2], made[3], routing)
+    return made
 
 
-def test_one_token_at_full_width(layer):
-    gate_up, gate_up_bias, down, down_bias = layer
+def one_token(layer, module):
+    """A token's choices, their weights, and the hidden vectors that a module makes."""
+    gate_up, gate_up_bias, down, _ = layer
+    torch.manual_seed(1)
     ids = torch.tensor([5, 1, 0, 3], dtype=torch.int32, device="cuda")
     mixing = torch.rand(TOP_K, device="cuda")
     packed = packed_vectors(gate_up.format, 1, WIDTH, ids.device)
     store_vector(packed, 0, torch.randn(WIDTH, device="cuda"), 2.0**-12)
     unscale = 1 / activation_scale(ACTIVATION.limit)
-    hidden, expected = (
-        packed_vectors(down.format, TOP_K, WIDTH, ids.device, unscale) for _ in range(2)
-    )
-    for module, out in ((moe_gemv, hidden), (gemv_twin, expected)):
-        module.moe_gate_up(packed, gate_up, gate_up_bias, ids, out, ACTIVATION)
+    hidden = packed_vectors(down.format, TOP_K, WIDTH, ids.device, unscale)
+    module.moe_gate_up(packed, gate_up, gate_up_bias, ids, hidden, ACTIVATION)
+    return ids, mixing, hidden
+
+
+def many_tokens(block_rows):
+    torch.manual_seed(2)
+    x = torch.randn(150, WIDTH, device="cuda").bfloat16()
+    return x, route_tokens(torch.randn(150, EXPERTS, device="cuda"), TOP_K, block_rows)
+
+
+def test_one_token_at_full_width(layer):
+    _, _, down, down_bias = layer
+    ids, mixing, hidden = one_token(layer, moe_gemv)
+    _, _, expected = one_token(layer, gemv_twin)
     assert_close(unpack_vectors(hidden), unpack_vectors(expected), "moe_gemv_mxfp4")
     residual = torch.randn(WIDTH, device="cuda")
     twin_residual = residual.clone()
@@ -63,8 +85,7 @@ def test_one_token_at_full_width(layer):
 @pytest.mark.parametrize("block_rows", list(moe_gemm.TILES))
 def test_many_tokens_at_full_width(layer, block_rows):
     gate_up, gate_up_bias, down, down_bias = layer
-    x = torch.randn(150, WIDTH, device="cuda").bfloat16()
-    routing = route_tokens(torch.randn(150, EXPERTS, device="cuda"), TOP_K, block_rows)
+    x, routing = many_tokens(block_rows)
     hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
     assert_close(hidden, expected, "moe_gemm_mxfp4_bf16")
