@@ -64,6 +64,12 @@ def chunk_rows(ROWS: tl.constexpr):
     return i // 16 * 16 + i % 2 * 8 + i // 2 % 8
 
 
+@triton.jit
+def place_in_chunks(k):
+    """Where in_chunk_order puts column k."""
+    return k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4
+
+
 # A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
 # so that blocks of one expert read its weights from L2. Grid: B, N / BLOCK_N.
 # The number of pairs is not specialised: no prompt length compiles anything new.
@@ -186,7 +192,7 @@ def _moe_gemm_kernel(
             hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
             inside = working[:, None] & (f < N // 2)[None, :]
             if TILED:  # what it is multiplied with stands in tiles too
-                f = f // 64 * 64 + f // 4 % 4 * 16 + f // 16 % 4 * 4 + f % 4
+                f = place_in_chunks(f)
             out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + f[None, :]
             tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
         else:

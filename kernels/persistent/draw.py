@@ -8,9 +8,14 @@ whose kernels draw from distributions that are cut.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from kernels.persistent import sizes
 from kernels.persistent.exchange import publish, wait_for_tagged_if
+from kernels.reference import sampling
 
-WORDS = gl.constexpr(8)  # of a program: score, token, logit, largest logit, sum of exponentials
+# Of a program: score, token, logit, largest logit, sum of exponentials.
+WORDS = gl.constexpr(sizes.DRAW_WORDS)
+_ROUND_A, _ROUND_B = gl.constexpr(sampling.ROUND_A), gl.constexpr(sampling.ROUND_B)
+_KEY_A, _KEY_B = gl.constexpr(sampling.KEY_A), gl.constexpr(sampling.KEY_B)
 _NONE = gl.constexpr(-1e30)
 _WORST = gl.constexpr(float("-inf"))
 
@@ -25,14 +30,14 @@ def gumbel(seed, step, token):
     c2 = gl.zeros_like(c0)
     c3 = gl.zeros_like(c0)
     for _ in range(10):
-        a = c0.to(gl.uint64) * 0xD2511F53
-        b = c2.to(gl.uint64) * 0xCD9E8D57
+        a = c0.to(gl.uint64) * _ROUND_A
+        b = c2.to(gl.uint64) * _ROUND_B
         c0 = (b >> 32).to(gl.uint32) ^ c1 ^ key_a
         c2 = (a >> 32).to(gl.uint32) ^ c3 ^ key_b
         c1 = (b & 0xFFFFFFFF).to(gl.uint32)
         c3 = (a & 0xFFFFFFFF).to(gl.uint32)
-        key_a = key_a + 0x9E3779B9
-        key_b = key_b + 0xBB67AE85
+        key_a = key_a + _KEY_A
+        key_b = key_b + _KEY_B
     uniform = ((c0 >> 9).to(gl.float32) + 0.5) * (1.0 / 8388608.0)
     return -gl.log(-gl.log(uniform))
 

@@ -11,7 +11,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch_trace import traced_parts
-from kernels.persistent.sizes import PHASES, ROUTER_COLUMNS, ROW_BYTES, TILE_ROWS, StepSizes, cdiv
+from kernels.persistent.sizes import (
+    DRAW_WORDS,
+    PHASES,
+    ROUTER_COLUMNS,
+    ROW_BYTES,
+    TILE_ROWS,
+    StepSizes,
+    cdiv,
+)
 from kernels.persistent.step import step_kernel
 from kernels.sampling import SamplingState
 
@@ -52,7 +60,7 @@ class StepBuffers:
         s = sizes
         blocks = s.out_blocks + s.qkv_blocks + s.top_k * s.gate_up_blocks
         words = blocks * TILE_ROWS + padded_experts(s) + 2
-        parts = s.splits * (s.attention_width + 2 * s.heads) + 8 * s.programs
+        parts = s.splits * (s.attention_width + 2 * s.heads) + DRAW_WORDS * s.programs
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(2 * words, dtype=torch.int64, device=device),

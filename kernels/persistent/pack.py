@@ -152,8 +152,8 @@ def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tens
     values = (codes[..., 0] | (codes[..., 1] << 4))[:, :rows, : columns // 2]
     words = tiles[..., _TILE_CODES:].reshape(experts, across, down, SCALE_WORDS, TILE_ROWS, 4)
     bias = words[:, 0, :, -1, :, 2:].contiguous().view(torch.bfloat16).reshape(experts, -1)
-    scales = torch.empty_like(words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32])
-    scales[..., _GROUP_ORDER] = words.movedim(3, 4).flatten(-2)[..., : TILE_COLUMNS // 32]
+    places = [_GROUP_ORDER.index(group) for group in range(TILE_COLUMNS // 32)]
+    scales = words.movedim(3, 4).flatten(-2)[..., places]
     scales = scales.permute(0, 2, 3, 1, 4).reshape(experts, down * TILE_ROWS, -1)
     scales = scales[:, :rows, : columns // 32]
     return values.contiguous(), scales.contiguous(), bias[:, :rows].contiguous()

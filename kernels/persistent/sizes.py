@@ -24,6 +24,7 @@ PHASES = (  # of a layer, by their names in the roofline
     *("qkv", "attention", "output projection", "router", "experts gate_up", "experts down"),
 )
 ROUTER_COLUMNS = 128  # of the vector that one program of the router takes
+DRAW_WORDS = 8  # of what a program hands in to the draw
 
 
 def cdiv(a: int, b: int) -> int:
@@ -61,6 +62,8 @@ class StepSizes:
         needed = max(*phases, self.splits * self.kv_heads)
         if needed > self.programs:
             raise ValueError(f"{self.programs} processors are too few: it needs {needed}")
+        if self.programs > 256:
+            raise ValueError(f"{self.programs} processors are too many: the draw reads 256 at once")
         if self.norm_groups > 256 or self.router_programs > 32:
             raise ValueError(f"a width of {self.width} is too much for it")
 

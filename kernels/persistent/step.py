@@ -130,7 +130,6 @@ def consumer(
     staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
     numbers = seen_as(qs, gl.float32, [256], FLAT)
     program = gl.program_id(0)
-    position = gl.load(position_ptr)
     launch = gl.load(counter)
     residual, qkv, gate_up, router_sums, signed = parts_of(sums, launch, S, E2)
     squares = tagged
@@ -152,9 +151,8 @@ def consumer(
     XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
     old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
     old_up = gl.zeros([16, 32], gl.int64, layout=XL)
-    ids = (0, 0, 0, 0)  # of the chosen experts, their weights, the factor of the norm in front
-    mixing = (0.0, 0.0, 0.0, 0.0)
-    factor = 0.0
+    weight = 1.0  # of the chosen expert whose down tiles this program has
+    factor = 0.0  # of the norm in front of the experts
     dn = 0  # tiles of the rings so far
     en = 0
     count = 1  # contributions to a row of the residual so far
@@ -174,6 +172,7 @@ def consumer(
                     stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
                     if S.fp8:
                         stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
+                position = gl.load(position_ptr)  # again: registers are scarcer than time
                 worker = attention_duty(anew(program), S)
                 split = worker // S.kv_heads
                 is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
@@ -250,6 +249,7 @@ def consumer(
                     pick(gl.arange(0, 4, layout=ONE), ids)
                 )  # in one store: the compiler puts a barrier between two
                 mbarrier.arrive(routed.index(0), count=1)
+                weight = pick(expert_share(1, anew(program), S)[0], mixing)
                 worker = attention_duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
                     old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
@@ -261,7 +261,7 @@ def consumer(
             sums_at = residual + gl.where(half == 0, up, 0)
             en = expert_tiles(
                 first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),
-                gl.where(half == 0, 1.0, pick(place, mixing)),
+                gl.where(half == 0, 1.0, weight),
                 gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, wlast,
                 xe, efull, eempty, sums_at, S,
             )  # fmt: skip

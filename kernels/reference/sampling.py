@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
-_ROUND_A, _ROUND_B = 0xD2511F53, 0xCD9E8D57
-_KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85
+# Of Philox4x32.
+ROUND_A, ROUND_B = 0xD2511F53, 0xCD9E8D57
+KEY_A, KEY_B = 0x9E3779B9, 0xBB67AE85
 
 
 def adjust(logits: Tensor, seen: Tensor, settings: Tensor) -> Tensor:
@@ -46,10 +47,10 @@ def philox(seed: Tensor, step: Tensor, tokens: Tensor) -> Tensor:
     c1 = torch.zeros_like(c0) + (step.to(torch.int64) & _MASK)
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     for _ in range(10):
-        high_a, low_a = _multiply(c0, _ROUND_A)
-        high_b, low_b = _multiply(c2, _ROUND_B)
+        high_a, low_a = _multiply(c0, ROUND_A)
+        high_b, low_b = _multiply(c2, ROUND_B)
         c0, c1, c2, c3 = high_b ^ c1 ^ key_a, low_b, high_a ^ c3 ^ key_b, low_a
-        key_a, key_b = (key_a + _KEY_A) & _MASK, (key_b + _KEY_B) & _MASK
+        key_a, key_b = (key_a + KEY_A) & _MASK, (key_b + KEY_B) & _MASK
     return c0
 
 

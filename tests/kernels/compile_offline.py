@@ -140,18 +140,21 @@ def run_prefill_attention(s: Sizes) -> None:
             )
 
 
+def run_both_halves(
+    s: Sizes, gate_up: QuantTensor | TiledExperts, down: QuantTensor | TiledExperts, block_rows: int
+) -> Tensor:
+    routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
+    activation = Swiglu(7.0, 1.702, 1.0, alternating=True)
+    hidden = moe_gemm.moe_gemm_gate_up(
+        empty(300, s.D), gate_up, empty(s.E, 2 * s.F), routing, activation
+    )
+    return moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
+
+
 def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
     gate_up, down = experts_in(format, s.E, 2 * s.F, s.D), experts_in(format, s.E, s.D, s.F)
     for block_rows in moe_gemm.TILES if format is MXFP4 else [64]:
-        routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
-        hidden = moe_gemm.moe_gemm_gate_up(
-            empty(300, s.D),
-            gate_up,
-            empty(s.E, 2 * s.F),
-            routing,
-            Swiglu(7.0, 1.702, 1.0, alternating=True),
-        )
-        outputs = moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
+        outputs = run_both_halves(s, gate_up, down, block_rows)
     moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))
 
 
@@ -161,16 +164,7 @@ def run_moe_gemm_tiled(s: Sizes) -> None:
     count = first_down + tiles_of(s.D, s.F)
     tiles = empty(s.E, count, EXPERT_TILE_BYTES, dtype=torch.uint8)
     gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D))
-    down = TiledExperts(tiles, first_down, (s.E, s.D, s.F))
-    routing = Routing(fp32(300, s.K), int32(40), int32(40, 128))
-    hidden = moe_gemm.moe_gemm_gate_up(
-        empty(300, s.D),
-        gate_up,
-        empty(s.E, 2 * s.F),
-        routing,
-        Swiglu(7.0, 1.702, 1.0, alternating=True),
-    )
-    moe_gemm.moe_gemm_down(hidden, down, empty(s.E, s.D), routing)
+    run_both_halves(s, gate_up, TiledExperts(tiles, first_down, (s.E, s.D, s.F)), 128)
 
 
 def run_moe_routing(s: Sizes) -> None:
