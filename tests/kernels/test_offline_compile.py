@@ -1,4 +1,4 @@
-"""Every kernel compiles for Hopper without a GPU and none spills; some for Ampere and Blackwell."""
+"""Every kernel compiles for Ampere, Hopper and Blackwell without a GPU; none spills on Hopper."""
 
 import json
 import os
@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs Triton")
 TOOL = pathlib.Path(__file__).with_name("compile_offline.py")
 # Shared memory that one program may have, in bytes.
 SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448, 120: 101_376}
-NUM_ROWS = {80: 2, 90: 21, 100: 2, 120: 2}
+NUM_ROWS = {80: 11, 90: 21, 100: 11, 120: 11}
 
 
 @pytest.fixture(scope="module", params=sorted(SHARED_LIMIT), ids="sm_{}".format)
