@@ -18,7 +18,9 @@ from moe_runtime.roofline import COMPONENTS
 
 _COLORS = {  # Okabe and Ito's, which most eyes tell apart
     "embedding": "#999999",
+    "hyper-connections": "#882255",
     "qkv": "#0072B2",
+    "compressor": "#44AA99",
     "indexer": "#8C6BB1",
     "attention": "#E69F00",
     "output projection": "#56B4E9",

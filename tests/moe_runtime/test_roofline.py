@@ -10,6 +10,7 @@ from moe_runtime import benchmark, roofline
 from moe_runtime.cli import run
 from moe_runtime.gpu import gpt_oss
 from moe_runtime.gpu.step_trace import LaunchTimes, StepTrace, named
+from moe_runtime.roofline import COMPONENTS, WAITING
 from moe_runtime.timeline import middle_layer, timeline_svg
 
 BEGIN = 5_000_000
@@ -130,6 +131,13 @@ def test_the_picture(trace):
             left < float(bar.get("x")) and float(bar.get("y")) + float(bar.get("height")) < height
         )
         assert float(bar.get("x")) + float(bar.get("width")) <= width
+
+
+def test_every_component_can_be_drawn():
+    names = [name for name in COMPONENTS if name != WAITING]
+    launches = tuple(launch(name, (i, i + 1, i + 2)) for i, name in enumerate(names, 1))
+    text = timeline_svg(StepTrace(BEGIN, BEGIN + 99_000, launches), "all")
+    assert all(f">{name}<" in text for name in names)
 
 
 def test_of_many_programs_some_are_drawn():
