@@ -1,6 +1,7 @@
 """Dense projections of one token with weights in FP8 blocks of 128x128; see kernels/gemv.py.
 
-A block's scale is the same for all rows of a program, so it multiplies x, not the weights.
+A block's scale is the same for all rows of a program, so it multiplies x, not the weights. All that
+a program reads of the weights it asks for before it waits for x.
 N rows and K columns of the matrix (K here is the contraction length), B blocks in a row.
 """
 
@@ -13,15 +14,14 @@ from kernels.weight_formats import decode_scale, scale_bytes, scales_of
 from quant.tensor import QuantTensor
 
 BLOCK = 128  # rows and columns that share a scale
-_BLOCKS_AT_A_TIME = 8
-_NUM_WARPS = 4
-# Of all rows of a program, asked for before the wait: 64 registers of a thread.
-_BYTES_IN_FLIGHT = 32768
-_MOST_ROWS = 8
-_LONG = 7168  # columns, beyond which more than two rows spill: x takes registers too
+# Of weights, asked for by a lane before the wait: 32 registers, and x takes as many at 4 rows.
+_BYTES_OF_LANE = 128
+_ROWS_OF_LONG = 4  # rows of a program, from _LONG columns on; shorter ones take 8 warps
+_LONG = 4096
+_MOST_ROWS, _WARPS = 16, 8
 
 
-# A program computes BLOCK_N rows over all columns; grid: N / BLOCK_N.
+# A program computes ROWS rows over all columns; grid: N / ROWS.
 @triton.jit
 def _gemv_blocks_kernel(
     x_ptr,  # [GROUPS, K] fp32
@@ -35,8 +35,8 @@ def _gemv_blocks_kernel(
     EPS: tl.constexpr,
     SCALES: tl.constexpr,
     ADD: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_B: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     GROUPS: tl.constexpr,
     START_NEXT_FIRST: tl.constexpr,
     EARLY: tl.constexpr,
@@ -44,42 +44,28 @@ def _gemv_blocks_kernel(
     stamp(trace_ptr, 0)
     if START_NEXT_FIRST:
         let_next_start(EARLY)
+    first = tl.program_id(0) * ROWS
     if GROUPS > 1:
-        x_ptr += tl.program_id(0) * BLOCK_N // (N // GROUPS) * K
-    B: tl.constexpr = (K + 127) // 128
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row_ptrs = w_ptr + n.to(tl.int64)[:, None, None] * K
-    scale_ptr += tl.program_id(0) * BLOCK_N // 128 * B
-    rows = (n < N)[:, None, None]
-    b = tl.arange(0, BLOCK_B)
-    c = tl.arange(0, 128)
-    tiles = ()
-    scales = ()
-    for b0 in tl.static_range(0, B, BLOCK_B):
-        k = (b0 + b)[:, None] * 128 + c[None, :]
-        mask = rows if (b0 + BLOCK_B) * 128 <= K else rows & (k < K)[None, :, :]
-        tiles = tiles + (tl.load(row_ptrs + k[None, :, :], mask=mask, other=0.0),)  # type: ignore[assignment]
-        stored = tl.load(scale_ptr + b0 + b, mask=b0 + b < B, other=0)
-        scales = scales + (decode_scale(stored, SCALES),)  # type: ignore[assignment]
+        x_ptr += first // (N // GROUPS) * K
+    n = first + tl.arange(0, ROWS)
+    k = tl.arange(0, BLOCK_K)
+    mask = (n < N)[:, None]
+    if K < BLOCK_K:
+        mask = mask & (k < K)[None, :]
+    w = tl.load(w_ptr + n.to(tl.int64)[:, None] * K + k[None, :], mask=mask, other=0.0)
+    block = first // 128 * ((K + 127) // 128) + k // 128
+    scale = decode_scale(tl.load(scale_ptr + block, mask=k < K, other=0), SCALES)
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     if not START_NEXT_FIRST:
         let_next_start(EARLY)
-    acc = tl.zeros((BLOCK_N, BLOCK_B, 128), tl.float32)
-    squares = tl.zeros((BLOCK_B, 128), tl.float32)
-    for i in tl.static_range(len(tiles)):
-        k = (i * BLOCK_B + b)[:, None] * 128 + c[None, :]
-        x = tl.load(x_ptr + k, mask=k < K, other=0.0)
-        if norm_ptr is not None:
-            # The norm's factor is one number for all rows: it multiplies the sums at the end.
-            squares += x * x
-            x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
-        x *= scales[i][:, None]
-        acc += tiles[i].to(tl.float32) * x[None, :, :]
-    y = tl.sum(tl.sum(acc, axis=2), axis=1)
+    x = tl.load(x_ptr + k, mask=k < K, other=0.0)
+    factor = 1.0
     if norm_ptr is not None:
-        y *= tl.rsqrt(tl.sum(squares) / K + EPS)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+        factor = tl.rsqrt(tl.sum(x * x) / K + EPS)  # of the norm, the same for all rows
+        x *= tl.load(norm_ptr + k, mask=k < K, other=0.0).to(tl.float32)
+    x *= scale
+    y = tl.sum(w.to(tl.float32) * x[None, :], axis=1) * factor
     if ADD:
         y += tl.load(out_ptr + n, mask=n < N, other=0.0)
     tl.store(out_ptr + n, y, mask=n < N)
@@ -110,12 +96,11 @@ def gemv_blocks(
     """
     rows, columns = weight.shape
     assert weight.format.block == (BLOCK, BLOCK) and weight.values.is_contiguous()
-    block_b = min(_BLOCKS_AT_A_TIME, triton.next_power_of_2(triton.cdiv(columns, BLOCK)))
     assert rows % groups == 0 and (norm is None or groups == 1), (rows, groups)
-    block_n = rows_of_program(columns)
-    while groups > 1 and rows // groups % block_n:
-        block_n //= 2
-    _gemv_blocks_kernel[(triton.cdiv(rows, block_n),)](
+    at_once, warps = rows_of_program(columns)
+    while groups > 1 and rows // groups % at_once:  # a program's rows are of one group
+        at_once //= 2
+    _gemv_blocks_kernel[(triton.cdiv(rows, at_once),)](
         x,
         norm,
         weight.values,
@@ -127,19 +112,19 @@ def gemv_blocks(
         EPS=eps,
         SCALES=scales_of(weight.format),
         ADD=add,
-        BLOCK_N=block_n,
-        BLOCK_B=block_b,
+        ROWS=at_once,
+        BLOCK_K=triton.next_power_of_2(columns),
         GROUPS=groups,
         START_NEXT_FIRST=start_next_first,
-        num_warps=_NUM_WARPS,
+        num_warps=warps,
         **early_start(x),
     )
     return out
 
 
-def rows_of_program(columns: int) -> int:
-    """Rows of a program: a power of two, fewer for longer rows."""
-    rows = _MOST_ROWS
-    while rows > 1 and rows * columns > _BYTES_IN_FLIGHT:
-        rows //= 2
-    return min(rows, 2) if columns > _LONG else rows
+def rows_of_program(columns: int) -> tuple[int, int]:
+    """Rows of a program, and its warps: each lane has _BYTES_OF_LANE of weights, or less."""
+    width = triton.next_power_of_2(columns)
+    if width >= _LONG:
+        return _ROWS_OF_LONG, min(32, _ROWS_OF_LONG * width // (32 * _BYTES_OF_LANE))
+    return min(_MOST_ROWS, 32 * _WARPS * _BYTES_OF_LANE // width), _WARPS

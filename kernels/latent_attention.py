@@ -2,7 +2,7 @@
 
 A cached row is key and, in its first L columns, value for every head, so the heads of a token are
 the rows of one tensor-core product. Decode splits the cached rows among programs, by their number
-on the device, so that one launch serves every length; the merge is part of the value projection.
+on the device, so that one launch serves every length; two more merge them and project to values.
 A token sees all rows up to its own, or those that an indexer has chosen.
 
 T tokens, H heads, L latent width, P rotary width, U value width of a head, S slots, X splits,
@@ -127,12 +127,49 @@ def _decode_kernel(
     stamp(trace_ptr, 2)
 
 
-# A program merges the splits of one head and computes BLOCK_U of its values. Grid: H, U / BLOCK_U.
+# A program merges the splits of one head for BLOCK_L columns, into the first split's.
+# Grid: H, L / BLOCK_L.
 @triton.jit
-def _values_kernel(
-    acc_ptr,
+def _merge_kernel(
+    acc_ptr,  # [H, X, L] fp32, of split 0 written
     stats_ptr,
     position_ptr,
+    trace_ptr,
+    L: tl.constexpr,
+    C: tl.constexpr,  # 0: all rows are seen
+    X: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    # The kernel in front started after the wait of the one before it: the position is there.
+    length = tl.load(position_ptr) + 1
+    if C > 0:
+        length = tl.minimum(length, C)
+    _, _, used = _rows_of(0, X, length, BLOCK_S)
+    head = tl.program_id(0).to(tl.int64)
+    l = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
+    x = tl.arange(0, X)
+    acc = acc_ptr + head * (X * L) + l
+    stats = stats_ptr + (head * X + x) * 2
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    mask = (x < used)[:, None] & (l < L)[None, :]
+    parts = tl.load(acc[None, :] + x[:, None] * L, mask=mask, other=0.0)
+    peaks = tl.load(stats, mask=x < used, other=float("-inf"))
+    sums = tl.load(stats + 1, mask=x < used, other=0.0)
+    shrink = tl.exp2(peaks - tl.max(peaks, axis=0))
+    mean = tl.sum(parts * shrink[:, None], axis=0) / tl.sum(sums * shrink, axis=0)
+    tl.store(acc, mean, mask=l < L)
+    stamp(trace_ptr, 2)
+
+
+# A program computes BLOCK_U values of one head. Grid: H, U / BLOCK_U.
+@triton.jit
+def _values_kernel(
+    mean_ptr,  # [H, X, L]: of latents, in split 0
     projection_ptr,  # [H, N + U, L]: a head's U rows for values last
     scales_ptr,  # of blocks of 128x128, or None
     out_ptr,  # [H, U] fp32, written
@@ -140,12 +177,9 @@ def _values_kernel(
     N: tl.constexpr,
     U: tl.constexpr,
     L: tl.constexpr,
-    C: tl.constexpr,  # 0: all rows are seen
     X: tl.constexpr,
-    BLOCK_X: tl.constexpr,
     BLOCK_U: tl.constexpr,
     BLOCK_L: tl.constexpr,
-    BLOCK_S: tl.constexpr,
     SCALES: tl.constexpr,
     EARLY: tl.constexpr,
 ):
@@ -156,33 +190,14 @@ def _values_kernel(
     l = tl.arange(0, BLOCK_L)
     place = (head * (N + U) + N + u)[:, None] * L + l[None, :]
     w = tl.load(projection_ptr + place, mask=(u < U)[:, None] & (l < L)[None, :], other=0.0)
-    wait_for_front(EARLY)
-    stamp(trace_ptr, 1)
-    length = tl.load(position_ptr) + 1
-    if C > 0:
-        length = tl.minimum(length, C)
-    _, _, used = _rows_of(0, X, length, BLOCK_S)
-    acc_ptr += head * (X * L)
-    stats_ptr += head * (X * 2)
-    every = tl.arange(0, X)
-    peaks = tl.load(stats_ptr + every * 2, mask=every < used, other=float("-inf"))
-    sums = tl.load(stats_ptr + every * 2 + 1, mask=every < used, other=0.0)
-    biggest = tl.max(peaks, axis=0)
-    total = tl.sum(sums * tl.exp2(peaks - biggest), axis=0)
-    mean = tl.zeros((BLOCK_L,), tl.float32)
-    for x0 in range(0, used, BLOCK_X):
-        x = x0 + tl.arange(0, BLOCK_X)
-        peak = tl.load(stats_ptr + x * 2, mask=x < used, other=float("-inf"))
-        part = tl.load(
-            acc_ptr + x[:, None] * L + l[None, :],
-            mask=(x < used)[:, None] & (l < L)[None, :],
-            other=0.0,
-        )
-        mean += tl.sum(part * tl.exp2(peak - biggest)[:, None], axis=0)
-    mean = mean / total
     if scales_ptr is not None:  # N and U are 128
         block = (head * 2 + 1) * ((L + 127) // 128) + l // 128
-        mean *= decode_scale(tl.load(scales_ptr + block, mask=l < L, other=0), SCALES)
+        scale = decode_scale(tl.load(scales_ptr + block, mask=l < L, other=0), SCALES)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    mean = tl.load(mean_ptr + head * (X * L) + l, mask=l < L, other=0.0)
+    if scales_ptr is not None:
+        mean *= scale
     y = tl.sum(w.to(tl.float32) * mean[None, :], axis=1)
     tl.store(out_ptr + head * U + u, y, mask=u < U)
     stamp(trace_ptr, 2)
@@ -199,7 +214,7 @@ def latent_attention_decode(
     acc: Tensor,
     stats: Tensor,
     chosen: Tensor | None = None,
-    trace: tuple[Tensor | None, Tensor | None] = (None, None),
+    trace: tuple[Tensor | None, ...] = (None, None, None),
 ) -> Tensor:
     """Attention of the token at `position`: over the cache, then each head's value projection.
 
@@ -220,12 +235,9 @@ def latent_attention_decode(
     heads, splits, latent_width = acc.shape
     rotary = cache.shape[1] - latent_width
     block_h = heads_of_program(heads)
-    sizes = {
-        "L": latent_width,
-        "BLOCK_L": triton.next_power_of_2(latent_width),
-        "C": 0 if chosen is None else len(chosen),
-        "BLOCK_S": BLOCK_S,
-    }
+    block_l = triton.next_power_of_2(latent_width)
+    rows = {"C": 0 if chosen is None else len(chosen), "BLOCK_S": BLOCK_S}
+    early = early_start(query)
     _decode_kernel[(triton.cdiv(heads, block_h), splits)](
         query,
         cache,
@@ -235,33 +247,46 @@ def latent_attention_decode(
         stats,
         trace[0],
         H=heads,
+        L=latent_width,
         P=rotary,
         SCALE=scale,
         BLOCK_H=block_h,
+        BLOCK_L=block_l,
         BLOCK_P=max(16, triton.next_power_of_2(rotary)),
         num_warps=4 * (block_h // 16),
         num_stages=2,
-        **sizes,
-        **early_start(query),
+        **rows,
+        **early,
+    )
+    merged = min(64 if splits > 64 else 128, block_l)
+    _merge_kernel[(heads, triton.cdiv(latent_width, merged))](
+        acc,
+        stats,
+        position,
+        trace[1],
+        L=latent_width,
+        X=splits,
+        BLOCK_L=merged,
+        num_warps=4,
+        **rows,
+        **early,
     )
     values = out.shape[1]
     block_u = min(32 if heads > 32 else 16, triton.next_power_of_2(values))
     _values_kernel[(heads, triton.cdiv(values, block_u))](
         acc,
-        stats,
-        position,
         *projection_parts(projection),
         out,
-        trace[1],
+        trace[2],
         N=projection.shape[0] // heads - values,
         U=values,
+        L=latent_width,
         X=splits,
-        BLOCK_X=min(16, splits),
         BLOCK_U=block_u,
+        BLOCK_L=block_l,
         SCALES=scales_kind(projection),
         num_warps=4,
-        **sizes,
-        **early_start(query),
+        **early,
     )
     return out
 

@@ -3,8 +3,9 @@
 A row is a token; in V4 it is a few tokens compressed to one row, seen once all of them are there.
 Each row has an index key. A token scores every key, the weighted sum over index heads of
 relu(query . key), and sees the C rows of the highest scores; all of them while there are no more
-than C. The choice is made on the device, one program a token: four passes over the scores find the
-C-th highest, eight bits at a time, and a fifth writes what is above it, in the order of the cache.
+than C. The choice is made on the device, one program a token: the C-th highest score is found bit by
+bit, by counting the scores that are not below a guess, and what is above it is written in the order
+of the cache. Scores of up to _CHOOSE_BLOCK rows stay in registers meanwhile.
 index_rows makes V3.2's queries and keys; V4's come from kernels/shared_rows.py and
 kernels/compressed_rows.py.
 
@@ -22,7 +23,7 @@ NORM_EPS = 1e-6
 _BLOCK_S = 64  # keys that a program scores at a time
 _SCORE_PROGRAMS = 264  # of a token
 _HEADS_PER_PROGRAM = 8
-_CHOOSE_BLOCK = 4096  # scores that a program looks at at a time
+_CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 16 registers of a lane
 
 
 @triton.jit
@@ -191,6 +192,13 @@ def _ordered(scores):
     return flipped.to(tl.uint32, bitcast=True)
 
 
+@triton.jit
+def _scores_at(scores_ptr, s, length):
+    """Scores in the order of uint32; those that are not there are the lowest, 0."""
+    scores = tl.load(scores_ptr + s, mask=s < length, other=0.0)
+    return tl.where(s < length, _ordered(scores), 0)
+
+
 # A program chooses for one token. Grid: T.
 @triton.jit(do_not_specialize=["columns"])
 def _choose_rows_kernel(
@@ -217,33 +225,33 @@ def _choose_rows_kernel(
         for s0 in range(0, length, BLOCK):
             tl.store(chosen_ptr + s0 + one, s0 + one, mask=s0 + one < length)
     else:
-        bins = tl.arange(0, 512)
-        prefix = tl.zeros((), tl.uint32)  # bits of the C-th highest that are known
-        missing = C  # how many with this prefix are chosen
-        for turn in tl.static_range(4):
-            counts = tl.zeros((512,), tl.int32)
-            for s0 in range(0, length, BLOCK):
-                s = s0 + one
-                score = _ordered(tl.load(scores_ptr + s, mask=s < length, other=0.0))
-                digit = ((score >> (24 - 8 * turn)) & 255).to(tl.int32)
-                fits = s < length
-                if turn > 0:
-                    fits = fits & ((score >> (32 - 8 * turn)) == prefix)
-                counts += tl.histogram(tl.where(fits, digit, 256), 512)
-            counts = tl.where(bins < 256, counts, 0)
-            above = tl.sum(counts) - tl.cumsum(counts, axis=0)
-            # The highest digit with fewer than `missing` above it.
-            found = tl.min(tl.where((above < missing) & (bins < 256), bins, 512))
-            missing -= tl.sum(tl.where(bins == found, above, 0))
-            prefix = (prefix << 8) | found.to(tl.uint32)
+        first = _scores_at(scores_ptr, one, length)
+        # The highest number that C scores or more are not below: the C-th highest score, or a
+        # number between it and the next, if the search ends where just C are not below.
+        edge = tl.zeros((), tl.uint32)
+        bit = tl.full((), 1 << 31, tl.uint32)
+        count = length
+        while (bit > 0) & (count != C):
+            guess = edge | bit
+            above = tl.sum((first >= guess).to(tl.int32))
+            for s0 in range(BLOCK, length, BLOCK):
+                above += tl.sum((_scores_at(scores_ptr, s0 + one, length) >= guess).to(tl.int32))
+            if above >= C:
+                edge = guess
+                count = above
+            bit = bit >> 1
+        above = tl.sum((first > edge).to(tl.int32))
+        for s0 in range(BLOCK, length, BLOCK):
+            above += tl.sum((_scores_at(scores_ptr, s0 + one, length) > edge).to(tl.int32))
+        missing = C - above  # how many of the scores that are equal to the edge are chosen
         done = 0
         equals = 0
         for s0 in range(0, length, BLOCK):
             s = s0 + one
-            score = _ordered(tl.load(scores_ptr + s, mask=s < length, other=0.0))
-            equal = ((score == prefix) & (s < length)).to(tl.int32)
+            score = _scores_at(scores_ptr, s, length)
+            equal = ((score == edge) & (s < length)).to(tl.int32)
             is_taken = equals + tl.cumsum(equal, axis=0) <= missing
-            keep = (s < length) & ((score > prefix) | ((equal > 0) & is_taken))
+            keep = (s < length) & ((score > edge) | ((equal > 0) & is_taken))
             ones = keep.to(tl.int32)
             tl.store(chosen_ptr + done + tl.cumsum(ones, axis=0) - 1, s, mask=keep)
             done += tl.sum(ones)
@@ -273,7 +281,8 @@ def index_choose(
                token may see; among equal scores the earlier ones. Returned.
     ratio:     R: a token may see the rows of which all R tokens are its own or before it
 
-    Reads 2 * J bytes a cached row, and its score five times by one program a token.
+    Reads 2 * J bytes a cached row, and its score twice by one program a token; of further rows than
+    _CHOOSE_BLOCK as often as the edge has bits, up to 34 times.
     """
     tokens, heads, width = query.shape
     columns, count = scores.shape[1], chosen.shape[1]
@@ -305,7 +314,7 @@ def index_choose(
         C=count,
         R=ratio,
         BLOCK=_CHOOSE_BLOCK,
-        num_warps=16,
+        num_warps=32,
         **early_start(query),
     )
     return chosen

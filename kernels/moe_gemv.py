@@ -32,14 +32,38 @@ from quant.tensor import QuantTensor
 # One warp a program: a lane holds whole steps, so no sum leaves a warp and no vector is exchanged.
 GATE_UP_ROWS = 2
 DOWN_ROWS = 1
+_REGISTERS_AHEAD = 64  # of a lane, for words that are asked for before the wait
 
 
 @triton.jit
-def _row_dots(
+def _load_step(
     words_ptr,  # [rows, S, W] of one expert
+    n,  # [BLOCK_N] row numbers
+    i: tl.constexpr,
+    ROWS: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Words [BLOCK_N, BLOCK_S, W] of the i-th steps of rows n."""
+    s = i * BLOCK_S + tl.arange(0, BLOCK_S)
+    w = tl.arange(0, W)
+    good = (n < ROWS)[:, None] & (s < S)[None, :]
+    place = n[:, None] * S + s[None, :]
+    return tl.load(
+        words_ptr + place[:, :, None] * W + w[None, None, :],
+        mask=good[:, :, None] & (w < W)[None, None, :],
+        other=0,
+    )
+
+
+@triton.jit
+def _step_dots(
+    words,  # [BLOCK_N, BLOCK_S, W], see _load_step
     scales_ptr,  # [rows / SCALE_ROWS, S / SCALE_STEPS] of one expert, or None
     x_ptr,  # [4, S * W]
-    n,  # [BLOCK_N] row numbers
+    n,  # [BLOCK_N]
+    i: tl.constexpr,
     ROWS: tl.constexpr,
     S: tl.constexpr,
     W: tl.constexpr,
@@ -47,43 +71,43 @@ def _row_dots(
     SCALES: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Per-thread partial dot products [BLOCK_N, BLOCK_S] of rows n with the packed vector."""
+    """Dot products [BLOCK_N, BLOCK_S] of each step with the packed vector, scales of blocks in."""
     SCALE_COLUMNS: tl.constexpr = (S + SCALE_STEPS - 1) // SCALE_STEPS
-    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_STEPS >= S
-    acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    s = i * BLOCK_S + tl.arange(0, BLOCK_S)
     w = tl.arange(0, W)
-    rows = n < ROWS
-    for s0 in tl.static_range(0, S, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S)
-        good = rows[:, None] & (s < S)[None, :]
-        place = n[:, None] * S + s[None, :]
-        words = tl.load(
-            words_ptr + place[:, :, None] * W + w[None, None, :],
-            mask=good[:, :, None] & (w < W)[None, None, :],
-            other=0,
-        )
-        if not (PER_ROW or SCALES == "none"):
-            where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
-            stored = tl.load(scales_ptr + where, mask=good, other=0)
-        column = (s[:, None] * W + w[None, :])[None, :, :]
-        inside = ((s < S)[:, None] & (w < W)[None, :])[None, :, :]
-        x0 = tl.load(x_ptr + column, mask=inside, other=0)
-        x1 = tl.load(x_ptr + S * W + column, mask=inside, other=0)
-        x2 = tl.load(x_ptr + S * W * 2 + column, mask=inside, other=0)
-        x3 = tl.load(x_ptr + S * W * 3 + column, mask=inside, other=0)
-        if CODES == "e4m3":
-            dots = tl.sum(dot8_e4m3(words, x0, x1, x2, x3), axis=2)
-        else:
-            dots = tl.sum(dot4_bf16(words, x0, x1, x2, x3), axis=2)
-        if PER_ROW or SCALES == "none":
-            acc += dots
-        else:
-            acc += dots * decode_scale(stored, SCALES)
-    if PER_ROW:
-        stored = tl.load(scales_ptr + n // SCALE_ROWS, mask=rows, other=0)
+    column = (s[:, None] * W + w[None, :])[None, :, :]
+    inside = ((s < S)[:, None] & (w < W)[None, :])[None, :, :]
+    x0 = tl.load(x_ptr + column, mask=inside, other=0)
+    x1 = tl.load(x_ptr + S * W + column, mask=inside, other=0)
+    x2 = tl.load(x_ptr + S * W * 2 + column, mask=inside, other=0)
+    x3 = tl.load(x_ptr + S * W * 3 + column, mask=inside, other=0)
+    if CODES == "e4m3":
+        dots = tl.sum(dot8_e4m3(words, x0, x1, x2, x3), axis=2)
+    else:
+        dots = tl.sum(dot4_bf16(words, x0, x1, x2, x3), axis=2)
+    if SCALES != "none" and SCALE_STEPS < S:
+        where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
+        good = (n < ROWS)[:, None] & (s < S)[None, :]
+        dots *= decode_scale(tl.load(scales_ptr + where, mask=good, other=0), SCALES)
+    return dots
+
+
+@triton.jit
+def _times_row_scale(
+    acc,  # [BLOCK_N, BLOCK_S]
+    scales_ptr,
+    n,
+    ROWS: tl.constexpr,
+    S: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+):
+    """Sums over a row, times its scale where one is the whole row's."""
+    if SCALES != "none" and SCALE_STEPS >= S:
+        stored = tl.load(scales_ptr + n // SCALE_ROWS, mask=n < ROWS, other=0)
         acc *= decode_scale(stored, SCALES)[:, None]
     return acc
 
@@ -118,17 +142,27 @@ def _gate_up_kernel(
     OFFSET: tl.constexpr,
     OUT_SCALE: tl.constexpr,
     ALWAYS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
+    slot = tl.program_id(1)
+    one = tl.arange(0, BLOCK_N)
+    n = (tl.program_id(0) * (BLOCK_N // 2) + one // 2) * GATE_STEP + one % 2 * TO_UP
+    steps = ()
+    if AHEAD > 0:  # all that are there are taken: what to read is known before the wait
+        words_ptr += slot.to(tl.int64) * (F2 * S * W)
+        for i in tl.static_range(AHEAD):
+            steps = steps + (_load_step(words_ptr, n, i, F2, S, W, BLOCK_S),)  # type: ignore[assignment]
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     # After the wait: then the kernel behind may read the chosen experts before its own.
     let_next_start(EARLY)
-    slot = tl.program_id(1)
-    if ALWAYS == 0:
+    if AHEAD > 0:
+        expert = slot.to(tl.int64)
+    elif ALWAYS == 0:
         expert = tl.load(ids_ptr + slot).to(tl.int64)
     else:
         chosen = tl.num_programs(1) - ALWAYS
@@ -139,15 +173,21 @@ def _gate_up_kernel(
             words_ptr = always_words_ptr
             if scales_ptr is not None:
                 scales_ptr = always_scales_ptr
-    one = tl.arange(0, BLOCK_N)
-    n = (tl.program_id(0) * (BLOCK_N // 2) + one // 2) * GATE_STEP + one % 2 * TO_UP
-    words_ptr += expert * (F2 * S * W)
+    if AHEAD == 0:
+        words_ptr += expert * (F2 * S * W)
     if scales_ptr is not None:
         scales_ptr += expert * SCALES_PER_EXPERT
-    acc = _row_dots(
-        words_ptr, scales_ptr, x_ptr, n, F2, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
-        BLOCK_N, BLOCK_S,
-    )  # fmt: skip
+    acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+    for i in tl.static_range((S + BLOCK_S - 1) // BLOCK_S):
+        if i < AHEAD:
+            words = steps[i]
+        else:
+            words = _load_step(words_ptr, n, i, F2, S, W, BLOCK_S)
+        acc += _step_dots(
+            words, scales_ptr, x_ptr, n, i, F2, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
+            BLOCK_S,
+        )  # fmt: skip
+    acc = _times_row_scale(acc, scales_ptr, n, F2, S, SCALES, SCALE_ROWS, SCALE_STEPS)
     y = tl.sum(acc, axis=1) * (tl.load(unscale_ptr) * UNSCALE)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + expert * F2 + n, mask=n < F2, other=0.0).to(tl.float32)
@@ -185,41 +225,58 @@ def _down_kernel(
     SCALES_PER_EXPERT: tl.constexpr,
     K: tl.constexpr,
     ALWAYS: tl.constexpr,
+    AHEAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_S: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
     let_next_start(EARLY)
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    STEPS: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
+    # The kernel in front started this one after its own wait: the router's choice is there, and the
+    # first words can be asked for before the vector is.
+    experts = ()
+    stacks = ()
+    for slot in tl.static_range(K + ALWAYS):
+        if slot < K:
+            expert = tl.load(ids_ptr + slot).to(tl.int64)
+            experts = experts + (expert,)  # type: ignore[assignment]
+            stacks = stacks + (words_ptr + expert * (D * S * W),)  # type: ignore[assignment]
+        else:
+            stacks = stacks + (always_words_ptr + (slot - K) * (D * S * W),)  # type: ignore[assignment]
+    steps = ()
+    for i in tl.static_range(AHEAD):
+        steps = steps + (_load_step(stacks[i // STEPS], n, i % STEPS, D, S, W, BLOCK_S),)  # type: ignore[assignment]
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     total = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
-    for slot in tl.static_range(K):
-        expert = tl.load(ids_ptr + slot).to(tl.int64)
-        weight = tl.load(weights_ptr + slot)
-        words = words_ptr + expert * (D * S * W)
+    for slot in tl.static_range(K + ALWAYS):
         scales = scales_ptr
         if scales_ptr is not None:
-            scales = scales_ptr + expert * SCALES_PER_EXPERT
+            if slot < K:
+                scales = scales_ptr + experts[slot] * SCALES_PER_EXPERT
+            else:
+                scales = always_scales_ptr + (slot - K) * SCALES_PER_EXPERT
         x = x_ptr + slot * (S * W * 4)
-        total += weight * _row_dots(
-            words, scales, x, n, D, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
-            BLOCK_N, BLOCK_S,
-        )  # fmt: skip
-        if bias_ptr is not None:
-            row_bias = tl.load(bias_ptr + expert * D + n, mask=n < D, other=0.0)
-            bias += weight * row_bias.to(tl.float32)
-    for expert in tl.static_range(ALWAYS):
-        scales = always_scales_ptr
-        if scales_ptr is not None:
-            scales = always_scales_ptr + expert * SCALES_PER_EXPERT
-        x = x_ptr + (K + expert) * (S * W * 4)
-        total += _row_dots(
-            always_words_ptr + expert * (D * S * W), scales, x, n, D, S, W, CODES, SCALES,
-            SCALE_ROWS, SCALE_STEPS, BLOCK_N, BLOCK_S,
-        )  # fmt: skip
+        acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
+        for i in tl.static_range(STEPS):
+            if slot * STEPS + i < AHEAD:
+                words = steps[slot * STEPS + i]
+            else:
+                words = _load_step(stacks[slot], n, i, D, S, W, BLOCK_S)
+            acc += _step_dots(
+                words, scales, x, n, i, D, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
+            )
+        acc = _times_row_scale(acc, scales, n, D, S, SCALES, SCALE_ROWS, SCALE_STEPS)
+        if slot < K:
+            weight = tl.load(weights_ptr + slot)
+            acc *= weight
+            if bias_ptr is not None:
+                row_bias = tl.load(bias_ptr + experts[slot] * D + n, mask=n < D, other=0.0)
+                bias += weight * row_bias.to(tl.float32)
+        total += acc
     y = tl.sum(total, axis=1) * (tl.load(unscale_ptr) * UNSCALE) + bias
     y += tl.load(out_ptr + n, mask=n < D, other=0.0)
     tl.store(out_ptr + n, y, mask=n < D)
@@ -235,6 +292,7 @@ def moe_gate_up(
     activation: Swiglu,
     *,
     always: QuantTensor | None = None,
+    in_order: bool = False,
     trace: Tensor | None = None,
 ) -> PackedVectors:
     """First half of the chosen experts for one token: gate_up and the gated activation.
@@ -247,10 +305,13 @@ def moe_gate_up(
     activation:  also says how gate and up rows stand
     always:      [A, 2F, D] in the same format of 8 or 16 bits: experts of every token, whose
                  vectors follow the K chosen ones' in out
+    in_order:    expert_ids are 0, 1, ..., K - 1: weights of 8 or 16 bits are then asked for before
+                 the kernel in front has ended
 
     Reads K experts' weights and scales, in MXFP4 K * 2F * D * 17 / 32 bytes, which sets its time.
     """
     _check_always(gate_up, always, bias)
+    assert not (in_order and always is not None), "what is always taken is named once"
     if takes_digits(gate_up.format):
         gate_up_fp4(x, gate_up, bias, expert_ids, out, activation, trace)
         return out
@@ -278,6 +339,7 @@ def moe_gate_up(
         OFFSET=activation.offset,
         OUT_SCALE=activation_scale(activation.limit),
         ALWAYS=count,
+        AHEAD=_steps_ahead(gate_up, GATE_UP_ROWS, 1) if in_order else 0,
         BLOCK_N=GATE_UP_ROWS,
         num_warps=1,
         **early_start(x.values),
@@ -314,6 +376,7 @@ def moe_down(
         return out
     assert not hidden.digits
     rows = down.shape[1]
+    count = 0 if always is None else always.shape[0]
     _down_kernel[(triton.cdiv(rows, DOWN_ROWS),)](
         as_words(down),
         scale_bytes(down),
@@ -329,7 +392,8 @@ def moe_down(
         D=rows,
         **_steps(down),
         K=len(expert_ids),
-        ALWAYS=0 if always is None else always.shape[0],
+        ALWAYS=count,
+        AHEAD=_steps_ahead(down, DOWN_ROWS, len(expert_ids) + count),
         BLOCK_N=DOWN_ROWS,
         num_warps=1,
         **early_start(out),
@@ -354,6 +418,14 @@ def _as_read(x: PackedVectors, weight: QuantTensor) -> Tensor:
     """The planes: pairs in 32 bits for codes, single fp16 numbers for bf16 weights."""
     bf16 = codes_of(weight.format).name == "bf16"
     return x.values if bf16 else x.values.view(dtype=torch.int32)
+
+
+def _steps_ahead(weight: QuantTensor, rows: int, experts: int) -> int:
+    """How many steps of a program's rows are asked for before the wait; a lane has four registers
+    of a row's."""
+    constants = _steps(weight)
+    steps = experts * triton.cdiv(constants["S"], constants["BLOCK_S"])
+    return min(steps, _REGISTERS_AHEAD // (4 * rows))
 
 
 def _steps(weight: QuantTensor) -> dict[str, Any]:

@@ -21,8 +21,10 @@ def moe_gate_up(
     activation: Swiglu,
     *,
     always: QuantTensor | None = None,
+    in_order: bool = False,
 ) -> PackedVectors:
     """Same arguments and results as the kernel; fp32 sums, packed results."""
+    assert not in_order or expert_ids.tolist() == list(range(len(expert_ids)))
     vector = unpack_vectors(x)[0]
     rows = [decode(gate_up[expert]) @ vector for expert in expert_ids.tolist()]
     if bias is not None:

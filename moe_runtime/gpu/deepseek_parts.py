@@ -33,7 +33,7 @@ def components(step: DeepseekStep) -> dict[int, str]:
         for experts in (w.always, w.routed):
             name("experts gate_up", experts.gate_up)
             name("experts down", experts.down)
-    name("attention", *step.cache.latents)
+    name("attention", *step.cache.latents, step.split_acc)
     name("indexer", *step.cache.index_keys, step.index_scores)
     return found
 

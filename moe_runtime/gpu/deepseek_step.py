@@ -1,6 +1,6 @@
 """The decode step of DeepSeek V2 to V3.2: one token in, the next token out, without the host.
 
-A layer with experts is nine launches: two for the projections of the attention, three for the
+A layer with experts is ten launches: two for the projections of the attention, four for the
 attention in the cache of latents, its output, the router, and two for the experts, shared ones with
 the routed where their formats and widths are equal. V3.2's indexer takes four more. On CUDA all are
 captured once as a graph and replayed.
@@ -93,7 +93,7 @@ class DeepseekStep(CapturedStep):
                 chosen=buffer(1, index.top_k, dtype=torch.int32),
             )
         splits = num_splits(c.num_heads)
-        self._split_acc = buffer(c.num_heads, splits, c.latent_width)
+        self.split_acc = buffer(c.num_heads, splits, c.latent_width)
         self._split_stats = buffer(c.num_heads, splits, 2)
         self._attention = buffer(c.num_heads, c.value_width)
         self._experts = ExpertLaunches(c, PLAIN_GATE, device)
@@ -145,7 +145,7 @@ class DeepseekStep(CapturedStep):
             w.projection,
             self._attention,
             scale=c.attention_scale,
-            acc=self._split_acc,
+            acc=self.split_acc,
             stats=self._split_stats,
             chosen=chosen,
         )

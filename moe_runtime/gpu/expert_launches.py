@@ -68,7 +68,10 @@ class ExpertLaunches:
         for m in mixtures:
             always = None if m.always is None else m.always.gate_up
             gate_up = m.experts.gate_up
-            moe_gate_up(m.packed, gate_up, None, m.ids, m.hidden, self.activation, always=always)
+            moe_gate_up(
+                m.packed, gate_up, None, m.ids, m.hidden, self.activation,
+                always=always, in_order=m.ids is not self.ids,
+            )  # fmt: skip
         for m in mixtures:
             always = None if m.always is None else m.always.down
             moe_down(m.hidden, m.experts.down, None, m.ids, m.weights, out, always=always)

@@ -341,7 +341,9 @@ def run_v4_flash(s: Sizes) -> None:
         hidden = packed_vectors(format, count, s.F, META)
         gate_up = experts_in(format, experts, 2 * s.F, s.D)
         down = experts_in(format, experts, s.D, s.F)
-        moe_gemv.moe_gate_up(x, gate_up, None, int32(count), hidden, Swiglu(10.0))
+        moe_gemv.moe_gate_up(
+            x, gate_up, None, int32(count), hidden, Swiglu(10.0), in_order=experts == count
+        )
         moe_gemv.moe_down(hidden, down, None, int32(count), fp32(count), fp32(s.D))
 
 

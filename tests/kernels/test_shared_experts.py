@@ -53,3 +53,26 @@ def test_both_halves(format):
     gate, up = (decode(shared[0][1]) @ token).chunk(2)
     expected = torch.nn.functional.silu(gate) * up
     assert_close(found[1][0][3], expected, "moe_gemv_mxfp4")
+
+
+@pytest.mark.parametrize("width", [16, 4624])
+@pytest.mark.parametrize("format", [BF16, FP8_BLOCK128], ids=lambda format: format.name)
+def test_weights_asked_for_ahead(format, width):
+    """All experts in their order: all of a row's words before the wait, and not all of them."""
+    gate_up, down = stack(format, 2, 2 * F, width, 0), stack(format, 2, 8, width, 1)
+    device = torch.get_default_device()
+    x = packed_vectors(format, 1, width, device)
+    g = torch.Generator(device).manual_seed(4)
+    store_vector(x, 0, torch.randn(width, generator=g), 2.0**-10)
+    inner = packed_vectors(format, 2, width, device, 2.0**-8)
+    for slot in (0, 1):
+        store_vector(inner, slot, torch.randn(width, generator=g), 2.0**-10)
+    ids, weights = torch.arange(2, dtype=torch.int32), torch.tensor([0.3, 1.7])
+    found = []
+    for module in (kernel, twin):
+        hidden = packed_vectors(format, 2, F, device, 1 / activation_scale(None))
+        module.moe_gate_up(x, gate_up, None, ids, hidden, Swiglu(), in_order=True)
+        out = module.moe_down(inner, down, None, ids, weights, torch.ones(8))
+        found.append((unpack_vectors(hidden), out))
+    for ours, expected in zip(*found, strict=True):
+        assert_close(ours, expected, "moe_gemv_mxfp4")
