@@ -3,9 +3,9 @@
 A row is a token; in V4 it is a few tokens compressed to one row, seen once all of them are there.
 Each row has an index key. A token scores every key, the weighted sum over index heads of
 relu(query . key), and sees the C rows of the highest scores; all of them while there are no more
-than C. The choice is made on the device, one program a token: the C-th highest score is found bit by
-bit, by counting the scores that are not below a guess, and what is above it is written in the order
-of the cache. Scores of up to _CHOOSE_BLOCK rows stay in registers meanwhile.
+than C. The choice is made on the device, one program a token: the C-th highest score is found two
+bits at a time, by counting the scores that are not below a guess, and what is above it is written
+in the order of the cache. Scores of up to _CHOOSE_BLOCK rows stay in registers meanwhile.
 index_rows makes V3.2's queries and keys; V4's come from kernels/shared_rows.py and
 kernels/compressed_rows.py.
 
@@ -199,6 +199,15 @@ def _scores_at(scores_ptr, s, length):
     return tl.where(s < length, _ordered(scores), 0)
 
 
+@triton.jit
+def _not_below(scores, edge, shift):
+    """1 for each of edge + 1, 2, 3 << shift that a score is not below, 21 bits apart."""
+    step = tl.full((), 1, tl.uint32) << shift.to(tl.uint32)
+    counts = (scores >= edge + step).to(tl.int64)
+    counts += (scores >= edge + 2 * step).to(tl.int64) << 21
+    return counts + ((scores >= edge + 3 * step).to(tl.int64) << 42)
+
+
 # A program chooses for one token. Grid: T.
 @triton.jit(do_not_specialize=["columns"])
 def _choose_rows_kernel(
@@ -229,17 +238,21 @@ def _choose_rows_kernel(
         # The highest number that C scores or more are not below: the C-th highest score, or a
         # number between it and the next, if the search ends where just C are not below.
         edge = tl.zeros((), tl.uint32)
-        bit = tl.full((), 1 << 31, tl.uint32)
+        shift = tl.full((), 30, tl.int32)
         count = length
-        while (bit > 0) & (count != C):
-            guess = edge | bit
-            above = tl.sum((first >= guess).to(tl.int32))
+        while (shift >= 0) & (count != C):
+            counts = _not_below(first, edge, shift)
             for s0 in range(BLOCK, length, BLOCK):
-                above += tl.sum((_scores_at(scores_ptr, s0 + one, length) >= guess).to(tl.int32))
-            if above >= C:
-                edge = guess
-                count = above
-            bit = bit >> 1
+                counts += _not_below(_scores_at(scores_ptr, s0 + one, length), edge, shift)
+            total = tl.sum(counts)
+            digit = 0
+            for guess in tl.static_range(1, 4):
+                found = (total >> (21 * (guess - 1))).to(tl.int32) & 0x1FFFFF
+                if found >= C:
+                    digit = guess
+                    count = found
+            edge += digit.to(tl.uint32) << shift.to(tl.uint32)
+            shift -= 2
         above = tl.sum((first > edge).to(tl.int32))
         for s0 in range(BLOCK, length, BLOCK):
             above += tl.sum((_scores_at(scores_ptr, s0 + one, length) > edge).to(tl.int32))
@@ -282,7 +295,7 @@ def index_choose(
     ratio:     R: a token may see the rows of which all R tokens are its own or before it
 
     Reads 2 * J bytes a cached row, and its score twice by one program a token; of further rows than
-    _CHOOSE_BLOCK as often as the edge has bits, up to 34 times.
+    _CHOOSE_BLOCK once more for every two bits of the edge.
     """
     tokens, heads, width = query.shape
     columns, count = scores.shape[1], chosen.shape[1]

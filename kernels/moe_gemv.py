@@ -38,43 +38,51 @@ _REGISTERS_AHEAD = 64  # of a lane, for words that are asked for before the wait
 @triton.jit
 def _load_step(
     words_ptr,  # [rows, S, W] of one expert
+    scales_ptr,  # [rows / SCALE_ROWS, S / SCALE_STEPS] of one expert, or None
     n,  # [BLOCK_N] row numbers
     i: tl.constexpr,
     ROWS: tl.constexpr,
     S: tl.constexpr,
     W: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Words [BLOCK_N, BLOCK_S, W] of the i-th steps of rows n."""
-    s = i * BLOCK_S + tl.arange(0, BLOCK_S)
-    w = tl.arange(0, W)
-    good = (n < ROWS)[:, None] & (s < S)[None, :]
-    place = n[:, None] * S + s[None, :]
-    return tl.load(
-        words_ptr + place[:, :, None] * W + w[None, None, :],
-        mask=good[:, :, None] & (w < W)[None, None, :],
-        other=0,
-    )
-
-
-@triton.jit
-def _step_dots(
-    words,  # [BLOCK_N, BLOCK_S, W], see _load_step
-    scales_ptr,  # [rows / SCALE_ROWS, S / SCALE_STEPS] of one expert, or None
-    x_ptr,  # [4, S * W]
-    n,  # [BLOCK_N]
-    i: tl.constexpr,
-    ROWS: tl.constexpr,
-    S: tl.constexpr,
-    W: tl.constexpr,
-    CODES: tl.constexpr,
     SCALES: tl.constexpr,
     SCALE_ROWS: tl.constexpr,
     SCALE_STEPS: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):
-    """Dot products [BLOCK_N, BLOCK_S] of each step with the packed vector, scales of blocks in."""
+    """Words [BLOCK_N, BLOCK_S, W] and stored scales [BLOCK_N, BLOCK_S] of rows n, the i-th steps.
+
+    Without scales of blocks the second is nothing to look at."""
     SCALE_COLUMNS: tl.constexpr = (S + SCALE_STEPS - 1) // SCALE_STEPS
+    s = i * BLOCK_S + tl.arange(0, BLOCK_S)
+    w = tl.arange(0, W)
+    good = (n < ROWS)[:, None] & (s < S)[None, :]
+    place = n[:, None] * S + s[None, :]
+    words = tl.load(
+        words_ptr + place[:, :, None] * W + w[None, None, :],
+        mask=good[:, :, None] & (w < W)[None, None, :],
+        other=0,
+    )
+    stored = n
+    if SCALES != "none" and SCALE_STEPS < S:
+        where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
+        stored = tl.load(scales_ptr + where, mask=good, other=0)
+    return words, stored
+
+
+@triton.jit
+def _step_dots(
+    step,  # see _load_step
+    x_ptr,  # [4, S * W]
+    i: tl.constexpr,
+    S: tl.constexpr,
+    W: tl.constexpr,
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_STEPS: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):
+    """Dot products [BLOCK_N, BLOCK_S] of each step with the packed vector, scales of blocks in."""
+    words, stored = step
     s = i * BLOCK_S + tl.arange(0, BLOCK_S)
     w = tl.arange(0, W)
     column = (s[:, None] * W + w[None, :])[None, :, :]
@@ -88,9 +96,7 @@ def _step_dots(
     else:
         dots = tl.sum(dot4_bf16(words, x0, x1, x2, x3), axis=2)
     if SCALES != "none" and SCALE_STEPS < S:
-        where = (n // SCALE_ROWS)[:, None] * SCALE_COLUMNS + (s // SCALE_STEPS)[None, :]
-        good = (n < ROWS)[:, None] & (s < S)[None, :]
-        dots *= decode_scale(tl.load(scales_ptr + where, mask=good, other=0), SCALES)
+        dots *= decode_scale(stored, SCALES)
     return dots
 
 
@@ -154,8 +160,13 @@ def _gate_up_kernel(
     steps = ()
     if AHEAD > 0:  # all that are there are taken: what to read is known before the wait
         words_ptr += slot.to(tl.int64) * (F2 * S * W)
+        if scales_ptr is not None:
+            scales_ptr += slot.to(tl.int64) * SCALES_PER_EXPERT
         for i in tl.static_range(AHEAD):
-            steps = steps + (_load_step(words_ptr, n, i, F2, S, W, BLOCK_S),)  # type: ignore[assignment]
+            step = _load_step(
+                words_ptr, scales_ptr, n, i, F2, S, W, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
+            )
+            steps = steps + (step,)  # type: ignore[assignment]
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     # After the wait: then the kernel behind may read the chosen experts before its own.
@@ -175,18 +186,17 @@ def _gate_up_kernel(
                 scales_ptr = always_scales_ptr
     if AHEAD == 0:
         words_ptr += expert * (F2 * S * W)
-    if scales_ptr is not None:
-        scales_ptr += expert * SCALES_PER_EXPERT
+        if scales_ptr is not None:
+            scales_ptr += expert * SCALES_PER_EXPERT
     acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     for i in tl.static_range((S + BLOCK_S - 1) // BLOCK_S):
         if i < AHEAD:
-            words = steps[i]
+            acc += _step_dots(steps[i], x_ptr, i, S, W, CODES, SCALES, SCALE_STEPS, BLOCK_S)
         else:
-            words = _load_step(words_ptr, n, i, F2, S, W, BLOCK_S)
-        acc += _step_dots(
-            words, scales_ptr, x_ptr, n, i, F2, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS,
-            BLOCK_S,
-        )  # fmt: skip
+            step = _load_step(
+                words_ptr, scales_ptr, n, i, F2, S, W, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
+            )
+            acc += _step_dots(step, x_ptr, i, S, W, CODES, SCALES, SCALE_STEPS, BLOCK_S)
     acc = _times_row_scale(acc, scales_ptr, n, F2, S, SCALES, SCALE_ROWS, SCALE_STEPS)
     y = tl.sum(acc, axis=1) * (tl.load(unscale_ptr) * UNSCALE)
     if bias_ptr is not None:
@@ -242,33 +252,41 @@ def _down_kernel(
         if slot < K:
             expert = tl.load(ids_ptr + slot).to(tl.int64)
             experts = experts + (expert,)  # type: ignore[assignment]
-            stacks = stacks + (words_ptr + expert * (D * S * W),)  # type: ignore[assignment]
+            words = words_ptr + expert * (D * S * W)
+            scales = words  # nothing to look at
+            if scales_ptr is not None:
+                scales = scales_ptr + expert * SCALES_PER_EXPERT
         else:
-            stacks = stacks + (always_words_ptr + (slot - K) * (D * S * W),)  # type: ignore[assignment]
+            words = always_words_ptr + (slot - K) * (D * S * W)
+            scales = words
+            if scales_ptr is not None:
+                scales = always_scales_ptr + (slot - K) * SCALES_PER_EXPERT
+        stacks = stacks + ((words, scales),)  # type: ignore[assignment]
     steps = ()
     for i in tl.static_range(AHEAD):
-        steps = steps + (_load_step(stacks[i // STEPS], n, i % STEPS, D, S, W, BLOCK_S),)  # type: ignore[assignment]
+        words, scales = stacks[i // STEPS]
+        step = _load_step(
+            words, scales, n, i % STEPS, D, S, W, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
+        )
+        steps = steps + (step,)  # type: ignore[assignment]
     wait_for_front(EARLY)
     stamp(trace_ptr, 1)
     total = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
     bias = tl.zeros((BLOCK_N,), tl.float32)
     for slot in tl.static_range(K + ALWAYS):
-        scales = scales_ptr
-        if scales_ptr is not None:
-            if slot < K:
-                scales = scales_ptr + experts[slot] * SCALES_PER_EXPERT
-            else:
-                scales = always_scales_ptr + (slot - K) * SCALES_PER_EXPERT
+        words, scales = stacks[slot]
         x = x_ptr + slot * (S * W * 4)
         acc = tl.zeros((BLOCK_N, BLOCK_S), tl.float32)
         for i in tl.static_range(STEPS):
             if slot * STEPS + i < AHEAD:
-                words = steps[slot * STEPS + i]
+                acc += _step_dots(
+                    steps[slot * STEPS + i], x, i, S, W, CODES, SCALES, SCALE_STEPS, BLOCK_S
+                )
             else:
-                words = _load_step(stacks[slot], n, i, D, S, W, BLOCK_S)
-            acc += _step_dots(
-                words, scales, x, n, i, D, S, W, CODES, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
-            )
+                step = _load_step(
+                    words, scales, n, i, D, S, W, SCALES, SCALE_ROWS, SCALE_STEPS, BLOCK_S
+                )
+                acc += _step_dots(step, x, i, S, W, CODES, SCALES, SCALE_STEPS, BLOCK_S)
         acc = _times_row_scale(acc, scales, n, D, S, SCALES, SCALE_ROWS, SCALE_STEPS)
         if slot < K:
             weight = tl.load(weights_ptr + slot)

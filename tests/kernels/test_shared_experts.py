@@ -63,10 +63,10 @@ def test_weights_asked_for_ahead(format, width):
     device = torch.get_default_device()
     x = packed_vectors(format, 1, width, device)
     g = torch.Generator(device).manual_seed(4)
-    store_vector(x, 0, torch.randn(width, generator=g), 2.0**-10)
-    inner = packed_vectors(format, 2, width, device, 2.0**-8)
+    store_vector(x, 0, torch.randn(width, generator=g) * width**-0.5, 2.0**-10)
+    inner = packed_vectors(format, 2, width, device, 2.0**8)
     for slot in (0, 1):
-        store_vector(inner, slot, torch.randn(width, generator=g), 2.0**-10)
+        store_vector(inner, slot, torch.randn(width, generator=g) * width**-0.5, 2.0**-8)
     ids, weights = torch.arange(2, dtype=torch.int32), torch.tensor([0.3, 1.7])
     found = []
     for module in (kernel, twin):
