@@ -24,6 +24,8 @@ _BLOCK_S = 64  # keys that a program scores at a time
 _SCORE_PROGRAMS = 264  # of a token
 _HEADS_PER_PROGRAM = 8
 _CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 16 registers of a lane
+_CHOOSE_WARPS = 32
+_CHOOSE_RUN = 4  # scores in a row that a lane puts into their places
 
 
 @triton.jit
@@ -219,6 +221,8 @@ def _choose_rows_kernel(
     C: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    LANES: tl.constexpr,
+    RUN: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     stamp(trace_ptr, 0)
@@ -257,18 +261,27 @@ def _choose_rows_kernel(
         for s0 in range(BLOCK, length, BLOCK):
             above += tl.sum((_scores_at(scores_ptr, s0 + one, length) > edge).to(tl.int32))
         missing = C - above  # how many of the scores that are equal to the edge are chosen
+        # Lanes take RUN scores in a row: a scan of their sums is short. What is above the edge is
+        # counted in the lower half of a number, what is equal to it in the upper.
+        lane = tl.arange(0, LANES)
         done = 0
         equals = 0
-        for s0 in range(0, length, BLOCK):
-            s = s0 + one
+        for s0 in range(0, length, LANES * RUN):
+            s = s0 + lane[:, None] * RUN + tl.arange(0, RUN)[None, :]
             score = _scores_at(scores_ptr, s, length)
-            equal = ((score == edge) & (s < length)).to(tl.int32)
-            is_taken = equals + tl.cumsum(equal, axis=0) <= missing
-            keep = (s < length) & ((score > edge) | ((equal > 0) & is_taken))
-            ones = keep.to(tl.int32)
-            tl.store(chosen_ptr + done + tl.cumsum(ones, axis=0) - 1, s, mask=keep)
-            done += tl.sum(ones)
-            equals += tl.sum(equal)
+            is_above = score > edge
+            is_equal = (score == edge) & (s < length)
+            found = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
+            of_lane = tl.sum(found, axis=1)
+            before = tl.cumsum(of_lane, axis=0) - of_lane
+            rank = before[:, None] + tl.cumsum(found, axis=1)
+            equal_rank = equals + (rank >> 16)
+            place = done + (rank & 0xFFFF) + tl.minimum(equal_rank, missing) - 1
+            keep = is_above | (is_equal & (equal_rank <= missing))
+            tl.store(chosen_ptr + place, s, mask=keep)
+            all_found = tl.sum(of_lane)
+            done += all_found & 0xFFFF
+            equals += all_found >> 16
     stamp(trace_ptr, 2)
 
 
@@ -327,7 +340,9 @@ def index_choose(
         C=count,
         R=ratio,
         BLOCK=_CHOOSE_BLOCK,
-        num_warps=32,
+        LANES=32 * _CHOOSE_WARPS,
+        RUN=_CHOOSE_RUN,
+        num_warps=_CHOOSE_WARPS,
         **early_start(query),
     )
     return chosen
