@@ -112,8 +112,11 @@ def _moe_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
-    GROUP: tl.constexpr = SCALE_COLUMNS if SCALES != "none" and SCALE_COLUMNS < BLOCK_K else 0
+    # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they multiply its sum.
+    IN_TILE: tl.constexpr = SCALES != "none" and SCALE_COLUMNS < BLOCK_K
+    GROUP: tl.constexpr = SCALE_COLUMNS if IN_TILE and SCALES != "fp32" else 0
     PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0
+    tl.static_assert(GROUP > 0 or PER_ROW or not IN_TILE, "blocks of fp32 scales within a step")
     PER_STEP: tl.constexpr = SCALES != "none" and GROUP == 0 and not PER_ROW
     block = tl.program_id(0)
     expert = tl.load(block_expert_ptr + block).to(tl.int64)

@@ -49,17 +49,12 @@ class Support:
 LEAST_CAPABILITY = (8, 0)  # of a GPU for our kernels: bf16 tensor cores
 FP8_CAPABILITY = (8, 9)  # for dense weights in FP8: Triton has E4M3 from Ada on
 
-_UNPROVEN = (
-    "these kernels agree with the reference in Triton's interpreter; on a GPU only the prompt has "
-    "been compared yet; backend='reference' is the one to trust"
-)
-
 SUPPORTED = (
     Support("gpt_oss", ANY, "bf16 or fp8", "triton", LEAST_CAPABILITY),
     Support("deepseek_v2", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("deepseek_v3", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("deepseek_v32", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
-    Support("deepseek_v4", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY, _UNPROVEN),
+    Support("deepseek_v4", ANY, "bf16 or fp8_block128", "triton", LEAST_CAPABILITY),
     Support("gpt_oss", ANY, ANY, "reference", None),
     Support("deepseek_v2", ANY, ANY, "reference", None),
     Support("deepseek_v3", ANY, ANY, "reference", None),

@@ -72,6 +72,43 @@ def test_speeds_are_those_of_the_results():
     assert checked >= 34
 
 
+def test_speeds_of_deepseek_are_those_of_the_results():
+    """Every figure of DeepSeek's table is a row of the CSV; what is computed follows from them."""
+    rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "h100.csv").open()))
+    value = {
+        (r["model"], "bf16" in r["formats"].split()[0], int(r["context"]), r["metric"]):
+            float(r["value"])
+        for r in rows if r["context"] and r["model"].startswith("deepseek")
+    }  # fmt: skip
+    table = re.findall(r"^\| (deepseek-\S+) \| (bf16|FP8 .*?) \| (.*) \|$", README, re.M)
+    models = [(model, weights.startswith("bf16")) for model, weights, _ in table]
+    assert set(models) == {key[:2] for key in value} and len(models) == len(set(models)) == 5
+    columns = [
+        (context, metric)
+        for context in (1024, 32768)
+        for metric in ("decode_tokens_per_s", "bandwidth_share")
+    ]
+    for (model, is_bf16), (_, _, cells) in zip(models, table, strict=True):
+        for (context, metric), cell in zip(columns, cells.split("|"), strict=True):
+            scale = 100 if metric == "bandwidth_share" else 1
+            found = scale * value[model, is_bf16, context, metric]
+            assert int(re.sub(r"\D", "", cell)) == round(found), (model, context, metric)
+
+    def of_v4(metric):
+        return value["deepseek-v4-flash-22-layers", False, 1024, metric]
+
+    step, head = 1e6 / of_v4("decode_tokens_per_s"), 337
+    whole = (step - head) / 22 * 43 + head
+    assert f"({step:,.0f} us at context 1,024)" in README and f"are {whole:,.0f} us" in README
+    assert f"{1e6 / whole:.0f} tokens/s on one GPU" in README
+    parts = ("qkv", "attention", "output_projection", "experts_gate_up", "experts_down")
+    stamped = {key[3]: of_v4(key[3]) for key in value if re.match("step_.+_us", key[3])
+               and key[:3] == ("deepseek-v4-flash-22-layers", False, 1024)}  # fmt: skip
+    share = sum(stamped[f"step_{part}_us"] for part in parts) / sum(stamped.values())
+    halved = whole - (share * step / 22 * 43 + head) / 2
+    assert f"are bounded by {1e6 / halved:.0f} tokens/s" in README
+
+
 def test_formats_are_those_of_the_results():
     """The table of formats: each figure is a row of the CSV, rounded as it stands there."""
     rows = list(csv.DictReader((ROOT / "benchmarks" / "results" / "cpu_2core.csv").open()))

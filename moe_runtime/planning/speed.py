@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from moe_runtime.machines import Machine
 
-# Least and most of the rows `bandwidth_share` in benchmarks/results/h100.csv, commit 885bec8, on an
+# Least and most of the rows `bandwidth_share` in benchmarks/results/h100.csv, commit 2021d06, on an
 # NVIDIA H100: gpt-oss-120b with FP8 after 8,192 tokens and gpt-oss-20b with bf16 after 128.
-LOW_SHARE = 0.606273
-HIGH_SHARE = 0.721687
+LOW_SHARE = 0.599711
+HIGH_SHARE = 0.717936
 
 
 @dataclass(frozen=True)

@@ -75,4 +75,5 @@ def test_equal_scores_take_the_earlier_token():
 def test_scores_of_either_sign_and_blocks(monkeypatch):
     """More than one block in every pass; negative scores, zeros and subnormal differences."""
     monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 64)
+    monkeypatch.setattr(kernel, "_CHOOSE_WARPS", 1)
     assert choose(kernel, 395, 100) == choose(twin, 395, 100)

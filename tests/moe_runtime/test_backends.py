@@ -7,7 +7,7 @@ import torch
 
 from loaders.checkpoint import open_folder
 from loaders.errors import UnsupportedModelError
-from moe_runtime import backends
+from moe_runtime import backends, support
 from moe_runtime.gpu import gpt_oss
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
@@ -104,6 +104,10 @@ def test_4_bit_gate_up_and_8_bit_down_are_refused(tmp_path):
         gpt_oss.expert_formats(replace(plan, weights=tuple(weights)))
 
 
-def test_kernels_that_are_not_proven_on_a_gpu_say_so():
-    assert "on a GPU only the prompt" in remark_on("deepseek_v4", "triton")
-    assert not remark_on("deepseek_v4", "reference") and not remark_on("deepseek_v3", "triton")
+def test_a_remark_is_of_one_family_and_backend(monkeypatch):
+    rows = [replace(r, remark=f"{r.family} {r.backend}") for r in support.SUPPORTED]
+    assert not any(remark_on(r.family, r.backend) for r in rows)
+    monkeypatch.setattr(support, "SUPPORTED", rows)
+    assert remark_on("deepseek_v4", "triton") == "deepseek_v4 triton"
+    assert remark_on("deepseek_v4", "reference") == "deepseek_v4 reference"
+    assert remark_on("other", "triton") == ""
