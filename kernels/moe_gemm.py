@@ -112,7 +112,7 @@ def _moe_gemm_kernel(
     BLOCK_K: tl.constexpr,
 ):
     # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
-    # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they multiply its sum.
+    # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they scale its sum.
     IN_TILE: tl.constexpr = SCALES != "none" and SCALE_COLUMNS < BLOCK_K
     GROUP: tl.constexpr = SCALE_COLUMNS if IN_TILE and SCALES != "fp32" else 0
     PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0
