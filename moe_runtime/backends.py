@@ -34,7 +34,7 @@ from moe_runtime.models.registry import OpenedModel
 from moe_runtime.plan import MemoryPlan, MoreBytes, fit, formats_by_component, weights_by_component
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.start_times import StartTimes
-from moe_runtime.support import LEAST_CAPABILITY, has_kernels, remark_on
+from moe_runtime.support import LEAST_CAPABILITY, has_kernels
 from moe_runtime.triton_backend import TritonBackend, compile_kernels
 from quant.formats import QuantFormat
 
@@ -161,8 +161,6 @@ def create_backend(
         for reason, count in Counter(opened.plan.skipped.values()).items():
             _say(f"{count} weights are left out: {reason}")
         _say(f"{name} backend on {target}, context of {plan.max_context} tokens")
-        if remark := remark_on(config.family, name):
-            _say(remark)
     return made
 
 

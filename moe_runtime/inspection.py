@@ -265,7 +265,7 @@ def _backends(config: DecoderConfig | None, components: tuple[Component, ...]) -
             continue
         if row.least_capability is not None and dense_fp8:
             row = replace(row, least_capability=FP8_CAPABILITY)
-        needs[row.backend] = f"{row.needs}; {row.remark}" if row.remark else row.needs
+        needs[row.backend] = row.needs
     return needs
 
 

@@ -16,7 +16,6 @@ class Support:
     dense: str
     backend: str
     least_capability: tuple[int, int] | None  # of a CUDA device; None: any device of torch
-    remark: str = ""  # said when a model is opened
 
     @property
     def needs(self) -> str:
@@ -66,12 +65,6 @@ SUPPORTED = (
 def has_kernels(family: str) -> bool:
     """Whether there is a backend of GPU kernels for a family."""
     return any(row.family == family and row.backend == "triton" for row in SUPPORTED)
-
-
-def remark_on(family: str, backend: str) -> str:
-    """What a person should know who runs a family in a backend; empty if nothing."""
-    rows = [row for row in SUPPORTED if (row.family, row.backend) == (family, backend)]
-    return rows[0].remark if rows else ""
 
 
 def _sm(capability: tuple[int, int]) -> str:

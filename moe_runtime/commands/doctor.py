@@ -224,8 +224,8 @@ def probe_support() -> list[dict[str, Any]]:
         reason = row.why_not(capabilities, triton_problem)
         entry = {"family": row.family, "experts": row.experts, "dense": row.dense}
         entry["backend"] = row.backend
-        said = {"why_not": reason, "remark": row.remark}
-        rows.append({**entry, "runs": reason is None, **{k: v for k, v in said.items() if v}})
+        said = {"why_not": reason} if reason else {}
+        rows.append({**entry, "runs": reason is None, **said})
     return rows
 
 

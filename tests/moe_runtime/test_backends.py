@@ -7,11 +7,10 @@ import torch
 
 from loaders.checkpoint import open_folder
 from loaders.errors import UnsupportedModelError
-from moe_runtime import backends, support
+from moe_runtime import backends
 from moe_runtime.gpu import gpt_oss
 from moe_runtime.models.registry import plan_model
 from moe_runtime.plan import MemoryPlan, weights_by_component
-from moe_runtime.support import remark_on
 from quant.formats import BF16, FORMATS, MXFP4
 from tests.oracles.expert_formats import quantize_dense, write_with_experts
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -102,12 +101,3 @@ def test_4_bit_gate_up_and_8_bit_down_are_refused(tmp_path):
         weights.append(weight)
     with pytest.raises(UnsupportedModelError, match="gate_up is in mxfp4 and down in mxfp8"):
         gpt_oss.expert_formats(replace(plan, weights=tuple(weights)))
-
-
-def test_a_remark_is_of_one_family_and_backend(monkeypatch):
-    rows = [replace(r, remark=f"{r.family} {r.backend}") for r in support.SUPPORTED]
-    assert not any(remark_on(r.family, r.backend) for r in rows)
-    monkeypatch.setattr(support, "SUPPORTED", rows)
-    assert remark_on("deepseek_v4", "triton") == "deepseek_v4 triton"
-    assert remark_on("deepseek_v4", "reference") == "deepseek_v4 reference"
-    assert remark_on("other", "triton") == ""
