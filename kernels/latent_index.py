@@ -23,9 +23,9 @@ NORM_EPS = 1e-6
 _BLOCK_S = 64  # keys that a program scores at a time
 _SCORE_PROGRAMS = 264  # of a token
 _HEADS_PER_PROGRAM = 8
-_CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 16 registers of a lane
-_CHOOSE_WARPS = 32
-_CHOOSE_RUN = 4  # scores in a row that a lane puts into their places
+_CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 32 registers of a lane
+_CHOOSE_WARPS = 16
+_CHOOSE_RUN = 8  # scores in a row that a lane puts into their places
 
 
 @triton.jit

@@ -79,8 +79,10 @@ class Client:
         env = self.env | arguments.pop("env", {})
         command = [sys.executable, str(CLIENT), call, json.dumps(arguments)]
         return subprocess.Popen(
-            command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+            command, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            # tests that a shell has put into the background hand on that SIGINT is ignored
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
 
     def run(self, call: str, **arguments: Any) -> dict[str, Any]:
         process = self.start(call, **arguments)
