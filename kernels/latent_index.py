@@ -255,7 +255,7 @@ def _choose_rows_kernel(
                 if found >= C:
                     digit = guess
                     count = found
-            edge += digit.to(tl.uint32) << shift.to(tl.uint32)
+            edge += tl.cast(digit, tl.uint32) << shift.to(tl.uint32)
             shift -= 2
         above = tl.sum((first > edge).to(tl.int32))
         for s0 in range(BLOCK, length, BLOCK):
