@@ -333,10 +333,18 @@ def experts(m: Maker) -> Iterator[Case]:
 def halves(m: Maker, format: QuantFormat, count: int, chosen: int) -> Iterator[Case]:
     """gate_up and down of experts in one format; other experts in each set."""
     s, activation = m.s, Swiglu(10.0)
-    gate_up, down = (m.experts(count, *shape, format) for shape in ((2 * s.F, s.D), (s.D, s.F)))
-    sets = count // chosen if count > 1 else 1
-    order = torch.randperm(count, generator=m.generator, device=m.device).to(torch.int32)
-    ids = [order[i * chosen : (i + 1) * chosen].contiguous() for i in range(sets)]
+    shapes = (2 * s.F, s.D), (s.D, s.F)
+    shared = count == 1
+    if shared:  # one expert in each set, which every token takes
+        sets = sets_of(s.D * s.F)
+        stacks = [[m.experts(1, *shape, format) for _ in range(sets)] for shape in shapes]
+        ids = [torch.zeros(1, dtype=torch.int32, device=m.device)] * sets
+    else:
+        sets = count // chosen
+        stacks = [[m.experts(count, *shape, format)] * sets for shape in shapes]
+        order = torch.randperm(count, generator=m.generator, device=m.device).to(torch.int32)
+        ids = [order[i * chosen : (i + 1) * chosen].contiguous() for i in range(sets)]
+    gate_up, down = stacks
     weights, out = m.normal(chosen).abs(), m.zeros(s.D)
     packed = packed_vectors(format, 1, s.D, m.device)
     store_vector(packed, 0, m.normal(s.D), 2.0**-12)
@@ -344,10 +352,12 @@ def halves(m: Maker, format: QuantFormat, count: int, chosen: int) -> Iterator[C
     hidden = packed_vectors(format, chosen, s.F, m.device, unscale)
 
     def first(i: int, module=moe_gemv) -> object:
-        return module.moe_gate_up(packed, gate_up, None, ids[i], hidden, activation)
+        return module.moe_gate_up(
+            packed, gate_up[i], None, ids[i], hidden, activation, in_order=shared
+        )
 
     def second(i: int, module=moe_gemv, out=out) -> Tensor:
-        return module.moe_down(hidden, down, None, ids[i], weights, out)
+        return module.moe_down(hidden, down[i], None, ids[i], weights, out)
 
     def first_outputs(twin: bool) -> tuple[Tensor, ...]:
         first(0, moe_gemv_twin if twin else moe_gemv)
@@ -357,8 +367,8 @@ def halves(m: Maker, format: QuantFormat, count: int, chosen: int) -> Iterator[C
         return (second(0, moe_gemv_twin if twin else moe_gemv, m.zeros(s.D)),)
 
     for name, run, found, weight in (
-        ("gate_up", first, first_outputs, gate_up),
-        ("down", second, second_outputs, down),
+        ("gate_up", first, first_outputs, gate_up[0]),
+        ("down", second, second_outputs, down[0]),
     ):
         read = weight.nbytes * chosen // count
         yield Case(f"{name} {format.name}", sets, run, found, "moe_gemv_mxfp4", read)

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 import triton
@@ -53,7 +53,16 @@ from kernels.moe_routing import Routing
 from kernels.packed_vector import packed_vectors
 from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, tiles_of
 from kernels.swiglu import Swiglu
-from quant.formats import BF16, FP8_BLOCK128, FP8_BLOCK128_E8M0, MXFP4, MXFP8, NVFP4, QuantFormat
+from quant.formats import (
+    BF16,
+    FP8_BLOCK128,
+    FP8_BLOCK128_E8M0,
+    FP8_ROW,
+    MXFP4,
+    MXFP8,
+    NVFP4,
+    QuantFormat,
+)
 from quant.tensor import QuantTensor
 
 META = torch.device("meta")
@@ -206,6 +215,10 @@ def run_expert_formats(s: Sizes) -> None:
         run_router(s, format)
         run_moe_gemv(s, format)
         run_moe_gemm(s, format)
+    # Scales in fp32 of rows that are shorter than a step.
+    short = replace(s, D=32, F=32)
+    gate_up, down = (experts_in(FP8_ROW, s.E, rows, 32) for rows in (64, 32))
+    run_both_halves(short, gate_up, down, 64)
 
 
 def run_decode_attention(s: Sizes) -> None:
