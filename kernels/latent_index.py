@@ -5,7 +5,10 @@ Each row has an index key. A token scores every key, the weighted sum over index
 relu(query . key), and sees the C rows of the highest scores; all of them while there are no more
 than C. The choice is made on the device, one program a token: the C-th highest score is found two
 bits at a time, by counting the scores that are not below a guess, and what is above it is written
-in the order of the cache. Scores of up to _CHOOSE_BLOCK rows stay in registers meanwhile.
+in the order of the cache. Scores of up to _CHOOSE_BLOCK rows stay in registers meanwhile. Of more
+rows, many programs first leave out most that cannot be chosen: each takes every P-th score and
+finds a number that its C / P highest are not below; the lowest of these numbers is not above the
+C-th highest score of all.
 index_rows makes V3.2's queries and keys; V4's come from kernels/shared_rows.py and
 kernels/compressed_rows.py.
 
@@ -13,6 +16,7 @@ T tokens, I index heads, J index width, P rotary width, S cached rows, C chosen 
 row.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,6 +30,7 @@ _HEADS_PER_PROGRAM = 8
 _CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 32 registers of a lane
 _CHOOSE_WARPS = 16
 _CHOOSE_RUN = 8  # scores in a row that a lane puts into their places
+_CUT_BLOCK = 1024  # scores of one of the programs that leave out what cannot be chosen
 
 
 @triton.jit
@@ -210,17 +215,113 @@ def _not_below(scores, edge, shift):
     return counts + ((scores >= edge + 3 * step).to(tl.int64) << 42)
 
 
+@triton.jit
+def _highest_edge(scores, more_ptr, last, count, least, enough, BLOCK: tl.constexpr):
+    """The highest number that `least` scores or more are not below, and how many are not; the
+    search ends where no more than `enough` are not. count: of all scores.
+
+    scores: [BLOCK]; more_ptr: where scores from BLOCK to last are read anew for each count
+    """
+    one = tl.arange(0, BLOCK)
+    edge = tl.zeros((), tl.uint32)
+    shift = tl.full((), 30, tl.int32)
+    while (shift >= 0) & (count > enough):
+        counts = _not_below(scores, edge, shift)
+        for s0 in range(BLOCK, last, BLOCK):
+            counts += _not_below(_scores_at(more_ptr, s0 + one, last), edge, shift)
+        total = tl.sum(counts)
+        digit = 0
+        for guess in tl.static_range(1, 4):
+            found = (total >> (21 * (guess - 1))).to(tl.int32) & 0x1FFFFF
+            if found >= least:
+                digit = guess
+                count = found
+        edge += tl.cast(digit, tl.uint32) << shift.to(tl.uint32)
+        shift -= 2
+    return edge
+
+
+# A program finds an edge among every P-th score of a token. Grid: P.
+@triton.jit
+def _edges_kernel(
+    scores_ptr,  # [columns] fp32
+    position_ptr,  # [1] int32
+    edges_ptr,  # [P] int32: bits of a uint32, written
+    trace_ptr,  # [programs, 3] int64 or None
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FROM: tl.constexpr,  # rows up to which nothing is left out
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    length = ((tl.load(position_ptr) + 1) // R).to(tl.int32)
+    if length > FROM:
+        programs = tl.num_programs(0)
+        s = tl.program_id(0) + tl.arange(0, BLOCK) * programs
+        least = tl.cdiv(C, programs)
+        scores = _scores_at(scores_ptr, s, length)
+        count = tl.full((), BLOCK, tl.int32)
+        edge = _highest_edge(scores, scores_ptr, 0, count, least, least + least // 4, BLOCK)
+        tl.store(edges_ptr + tl.program_id(0), edge.to(tl.int32, bitcast=True))
+    stamp(trace_ptr, 2)
+
+
+# A program keeps those of every P-th score of a token that may be chosen. Grid: P.
+@triton.jit(do_not_specialize=["room"])
+def _keep_kernel(
+    scores_ptr,  # [columns] fp32
+    position_ptr,  # [1] int32
+    edges_ptr,  # [P] int32: bits of a uint32
+    counts_ptr,  # [P] int32, written: how many it has kept, more than room if they have none
+    kept_ptr,  # [P, room] int32, written: bits of ordered scores, then zeros
+    room,
+    trace_ptr,  # [programs, 3] int64 or None
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    FROM: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    stamp(trace_ptr, 0)
+    let_next_start(EARLY)
+    wait_for_front(EARLY)
+    stamp(trace_ptr, 1)
+    length = ((tl.load(position_ptr) + 1) // R).to(tl.int32)
+    if length > FROM:
+        programs = tl.num_programs(0)
+        i = tl.arange(0, BLOCK)
+        s = tl.program_id(0) + i * programs
+        scores = _scores_at(scores_ptr, s, length)
+        edges = tl.load(edges_ptr + i, mask=i < programs, other=-1).to(tl.int64) & 0xFFFFFFFF
+        keep = (scores.to(tl.int64) >= tl.min(edges)) & (s < length)
+        place = tl.cumsum(keep.to(tl.int32)) - 1
+        count = tl.sum(keep.to(tl.int32))
+        kept_ptr += tl.program_id(0) * room
+        tl.store(kept_ptr + place, scores.to(tl.int32, bitcast=True), mask=keep & (place < room))
+        tl.store(kept_ptr + i, 0, mask=(i >= count) & (i < room))
+        tl.store(counts_ptr + tl.program_id(0), count)
+    stamp(trace_ptr, 2)
+
+
 # A program chooses for one token. Grid: T.
-@triton.jit(do_not_specialize=["columns"])
+@triton.jit(do_not_specialize=["columns", "parts", "room"])
 def _choose_rows_kernel(
     scores_ptr,  # [T, COLUMNS] fp32
     position_ptr,  # [1] int32: position of token 0
     chosen_ptr,  # [T, C] int32, written
     columns,
+    counts_ptr,  # [PARTS] int32 and
+    kept_ptr,  # [PARTS, room] int32 of _keep_kernel, of a single token; or None
+    parts,
+    room,
     trace_ptr,  # [programs, 3] int64 or None
     C: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
     LANES: tl.constexpr,
     RUN: tl.constexpr,
     EARLY: tl.constexpr,
@@ -239,26 +340,19 @@ def _choose_rows_kernel(
             tl.store(chosen_ptr + s0 + one, s0 + one, mask=s0 + one < length)
     else:
         first = _scores_at(scores_ptr, one, length)
-        # The highest number that C scores or more are not below: the C-th highest score, or a
-        # number between it and the next, if the search ends where just C are not below.
-        edge = tl.zeros((), tl.uint32)
-        shift = tl.full((), 30, tl.int32)
-        count = length
-        while (shift >= 0) & (count != C):
-            counts = _not_below(first, edge, shift)
-            for s0 in range(BLOCK, length, BLOCK):
-                counts += _not_below(_scores_at(scores_ptr, s0 + one, length), edge, shift)
-            total = tl.sum(counts)
-            digit = 0
-            for guess in tl.static_range(1, 4):
-                found = (total >> (21 * (guess - 1))).to(tl.int32) & 0x1FFFFF
-                if found >= C:
-                    digit = guess
-                    count = found
-            edge += tl.cast(digit, tl.uint32) << shift.to(tl.uint32)
-            shift -= 2
+        last = length
+        if kept_ptr is not None:
+            if length > BLOCK:
+                part = tl.arange(0, MOST_PARTS)
+                most = tl.max(tl.load(counts_ptr + part, mask=part < parts, other=0))
+                if most <= room:  # else some may be missing: all are looked at
+                    kept = tl.load(kept_ptr + one, mask=one < parts * room, other=0)
+                    first = kept.to(tl.uint32, bitcast=True)
+                    last = BLOCK
+        # The C-th highest score, or a number between it and the next, if just C are not below.
+        edge = _highest_edge(first, scores_ptr, last, length, C, C, BLOCK)
         above = tl.sum((first > edge).to(tl.int32))
-        for s0 in range(BLOCK, length, BLOCK):
+        for s0 in range(BLOCK, last, BLOCK):
             above += tl.sum((_scores_at(scores_ptr, s0 + one, length) > edge).to(tl.int32))
         missing = C - above  # how many of the scores that are equal to the edge are chosen
         # Lanes take RUN scores in a row: a scan of their sums is short. What is above the edge is
@@ -266,9 +360,11 @@ def _choose_rows_kernel(
         lane = tl.arange(0, LANES)
         done = 0
         equals = 0
-        for s0 in range(0, length, LANES * RUN):
-            s = s0 + lane[:, None] * RUN + tl.arange(0, RUN)[None, :]
-            score = _scores_at(scores_ptr, s, length)
+        s = lane[:, None] * RUN + tl.arange(0, RUN)[None, :]
+        next_score = _scores_at(scores_ptr, s, length)
+        for _ in range(0, length, LANES * RUN):
+            score = next_score
+            next_score = _scores_at(scores_ptr, s + LANES * RUN, length)
             is_above = score > edge
             is_equal = (score == edge) & (s < length)
             found = is_above.to(tl.int32) + (is_equal.to(tl.int32) << 16)
@@ -278,10 +374,11 @@ def _choose_rows_kernel(
             equal_rank = equals + (rank >> 16)
             place = done + (rank & 0xFFFF) + tl.minimum(equal_rank, missing) - 1
             keep = is_above | (is_equal & (equal_rank <= missing))
-            tl.store(chosen_ptr + place, s, mask=keep)
+            tl.store(chosen_ptr + place, s, mask=keep & (place < C))
             all_found = tl.sum(of_lane)
             done += all_found & 0xFFFF
             equals += all_found >> 16
+            s += LANES * RUN
     stamp(trace_ptr, 2)
 
 
@@ -294,7 +391,7 @@ def index_choose(
     chosen: Tensor,
     *,
     ratio: int = 1,
-    trace: tuple[Tensor | None, Tensor | None] = (None, None),
+    cut: Tensor | None = None,
 ) -> Tensor:
     """The cached rows that each of T tokens at position, position + 1, ... sees.
 
@@ -306,10 +403,13 @@ def index_choose(
     chosen:    [T, C] int32, written: rows of the cache in rising order, C of them or all that the
                token may see; among equal scores the earlier ones. Returned.
     ratio:     R: a token may see the rows of which all R tokens are its own or before it
+    cut:       of cut_scratch, for a single token: others than the best are left out before
 
-    Reads 2 * J bytes a cached row, and its score twice by one program a token; of further rows than
-    _CHOOSE_BLOCK once more for every two bits of the edge.
+    Reads 2 * J bytes a cached row, and its score twice by one program a token (twice more by others
+    with a cut); of further rows than _CHOOSE_BLOCK without a cut once more for every two bits of
+    the edge, and also in the rare case that a P-th part has far more of the best than others.
     """
+    assert cut is None or len(query) == 1
     tokens, heads, width = query.shape
     columns, count = scores.shape[1], chosen.shape[1]
     programs = min(_SCORE_PROGRAMS, triton.cdiv(columns, _BLOCK_S))
@@ -320,7 +420,7 @@ def index_choose(
         position,
         scores,
         columns,
-        trace[0],
+        None,
         I=heads,
         J=width,
         C=count,
@@ -331,18 +431,43 @@ def index_choose(
         num_warps=4,
         **early_start(query),
     )
+    parts = room = 0
+    counts = kept = None
+    if cut is not None:
+        parts = triton.cdiv(columns, _CUT_BLOCK)
+        room = _CHOOSE_BLOCK // parts
+        edges, counts, kept = cut.split((parts, parts, parts * room))
+        assert parts <= _CUT_BLOCK
+        sizes = {"R": ratio, "BLOCK": _CUT_BLOCK, "FROM": max(_CHOOSE_BLOCK, count)}
+        options = sizes | {"num_warps": 4} | early_start(query)
+        _edges_kernel[(parts,)](scores, position, edges, None, C=count, **options)
+        _keep_kernel[(parts,)](scores, position, edges, counts, kept, room, None, **options)
     _choose_rows_kernel[(tokens,)](
         scores,
         position,
         chosen,
         columns,
-        trace[1],
+        counts,
+        kept,
+        parts,
+        room,
+        None,
         C=count,
         R=ratio,
         BLOCK=_CHOOSE_BLOCK,
+        MOST_PARTS=_CUT_BLOCK,
         LANES=32 * _CHOOSE_WARPS,
         RUN=_CHOOSE_RUN,
         num_warps=_CHOOSE_WARPS,
         **early_start(query),
     )
     return chosen
+
+
+def cut_scratch(columns: int, device: torch.device) -> Tensor | None:
+    """Scratch for index_choose's cut among so many rows; None where a cut would save nothing."""
+    if columns <= _CHOOSE_BLOCK:
+        return None
+    parts = triton.cdiv(columns, _CUT_BLOCK)
+    size = 2 * parts + _CHOOSE_BLOCK // parts * parts
+    return torch.empty(size, dtype=torch.int32, device=device)

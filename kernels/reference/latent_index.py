@@ -43,8 +43,9 @@ def index_choose(
     chosen: Tensor,
     *,
     ratio: int = 1,
+    cut: Tensor | None = None,
 ) -> Tensor:
-    """Same arguments and results as the kernels; the scratch is not used."""
+    """Same arguments and results as the kernels; the scratches are not used."""
     for t, (q, weight) in enumerate(zip(query.float(), weights, strict=True)):
         length = (int(position) + t + 1) // ratio
         row = (weight[:, None] * (q @ cache[:length].float().T).relu()).sum(0)

@@ -20,7 +20,7 @@ from kernels.gemv import embedding, gemv
 from kernels.grouped_router import grouped_router, norm_and_pack
 from kernels.latent_attention import latent_attention_decode, num_splits
 from kernels.latent_cache import latent_query
-from kernels.latent_index import index_choose, index_rows
+from kernels.latent_index import cut_scratch, index_choose, index_rows
 from kernels.sampling import sample
 from kernels.swiglu import Swiglu
 from moe_runtime.gpu.captured_step import CapturedStep
@@ -48,6 +48,7 @@ class IndexBuffers:
     head_weights: Tensor  # [1, I]
     scores: Tensor  # [1, positions]
     chosen: Tensor  # [1, C] int32
+    cut: Tensor | None  # scratch, there if a context can have rows enough
 
 
 class DeepseekStep(CapturedStep):
@@ -91,6 +92,7 @@ class DeepseekStep(CapturedStep):
                 head_weights=buffer(1, index.heads),
                 scores=buffer(1, cache.max_context),
                 chosen=buffer(1, index.top_k, dtype=torch.int32),
+                cut=cut_scratch(cache.max_context, device),
             )
         splits = num_splits(c.num_heads)
         self.split_acc = buffer(c.num_heads, splits, c.latent_width)
@@ -162,7 +164,9 @@ class DeepseekStep(CapturedStep):
         position = self.state.position
         norms = w.indexer.norm, w.indexer.norm_bias
         index_rows(i.raw_query, i.raw_key, *norms, self.rope, position, keys, i.query)
-        return index_choose(i.query, i.head_weights, keys, position, i.scores, i.chosen)[0]
+        return index_choose(
+            i.query, i.head_weights, keys, position, i.scores, i.chosen, cut=i.cut
+        )[0]
 
     def _mix(self, w: LayerWeights, mixtures: Sequence[Mixture]) -> None:
         c, e = self.config, self._experts

@@ -20,7 +20,7 @@ from kernels.compressed_rows import compressed_rows
 from kernels.gemv import embedding, gemv
 from kernels.grouped_router import grouped_router
 from kernels.hyper_connections import hyper_step, num_programs
-from kernels.latent_index import index_choose
+from kernels.latent_index import cut_scratch, index_choose
 from kernels.sampling import sample
 from kernels.shared_row_attention import SPLITS, shared_row_attention_decode
 from kernels.shared_rows import shared_rows
@@ -52,6 +52,7 @@ class IndexBuffers:
     query: Tensor  # [1, I, J] of the cache's dtype
     scores: Tensor  # [1, compressed rows]
     chosen: Tensor  # [1, K] int32
+    cut: Tensor | None  # scratch, there if a context can have rows enough
 
 
 class DeepseekV4Step(CapturedStep):
@@ -87,10 +88,12 @@ class DeepseekV4Step(CapturedStep):
         self._query = buffer(1, c.num_heads, c.head_width, dtype=cache_dtype)
         self._index: IndexBuffers | None = None
         if chooses(c, cache.max_context):
+            rows = -(-cache.max_context // INDEXED_RATIO)
             self._index = IndexBuffers(
                 query=buffer(1, c.index_heads, c.index_width, dtype=cache_dtype),
-                scores=buffer(1, -(-cache.max_context // INDEXED_RATIO)),
+                scores=buffer(1, rows),
                 chosen=buffer(1, c.index_top_k, dtype=torch.int32),
+                cut=cut_scratch(rows, device),
             )
         self._split_acc = buffer(c.num_heads, SPLITS, c.head_width)
         self._split_stats = buffer(c.num_heads, SPLITS, 2)
@@ -227,6 +230,7 @@ class DeepseekV4Step(CapturedStep):
             i.scores,
             i.chosen,
             ratio=INDEXED_RATIO,
+            cut=i.cut,
         )[0]
 
     def _run_experts(self, w: V4Layer, mixtures: list[Mixture]) -> None:

@@ -274,7 +274,10 @@ def run_latent_index(s: Sizes) -> None:
         fp32(1, 64, 128), fp32(1, 128), fp32(128), fp32(128),
         (fp32(context, 32), fp32(context, 32)), position, cache, query,
     )  # fmt: skip
-    latent_index.index_choose(query, fp32(1, 64), cache, position, fp32(1, context), int32(1, 2048))
+    scores, chosen = fp32(1, context), int32(1, 2048)
+    latent_index.index_choose(query, fp32(1, 64), cache, position, scores, chosen)
+    cut = latent_index.cut_scratch(context, META)
+    latent_index.index_choose(query, fp32(1, 64), cache, position, scores, chosen, cut=cut)
 
 
 V4_FLASH = Sizes(4096, 2048, 64, 1, 512, 256, 6, 128, 129280, 32768)

@@ -38,7 +38,7 @@ def test_index_rows():
         assert_close(ours, expected, "gemv")
 
 
-def choose(module, position, count, tokens=1, *, ties=False, ratio=1):
+def choose(module, position, count, tokens=1, *, ties=False, ratio=1, cut=None):
     query, weights, cache = random(
         position, (tokens, HEADS, WIDTH), (tokens, HEADS), (SLOTS, WIDTH)
     )
@@ -48,7 +48,8 @@ def choose(module, position, count, tokens=1, *, ties=False, ratio=1):
     at = torch.tensor([position], dtype=torch.int32)
     scores = torch.full((tokens, SLOTS), float("nan"))
     chosen = torch.full((tokens, count), -1, dtype=torch.int32)
-    return module.index_choose(query, weights, cache, at, scores, chosen, ratio=ratio).tolist()
+    module.index_choose(query, weights, cache, at, scores, chosen, ratio=ratio, cut=cut)
+    return chosen.tolist()
 
 
 @pytest.mark.parametrize(("position", "count"), [(0, 8), (7, 8), (8, 8), (70, 8), (399, 200)])
@@ -77,3 +78,52 @@ def test_scores_of_either_sign_and_blocks(monkeypatch):
     monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 64)
     monkeypatch.setattr(kernel, "_CHOOSE_WARPS", 1)
     assert choose(kernel, 395, 100) == choose(twin, 395, 100)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """13 programs of up to 32 scores leave out what cannot be chosen, a part has room for 9."""
+    monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 128)
+    monkeypatch.setattr(kernel, "_CUT_BLOCK", 32)
+    monkeypatch.setattr(kernel, "_CHOOSE_WARPS", 1)
+
+
+@pytest.mark.parametrize("position", [10, 127, 128, 250, 399])
+@pytest.mark.parametrize("count", [1, 10, 20, 60])
+def test_with_others_left_out_before(small_blocks, position, count):
+    """From few rows, of which none is left out, to so many chosen that parts have no room."""
+    cut = kernel.cut_scratch(SLOTS, torch.get_default_device())
+    cut.fill_(-1)
+    expected = choose(twin, position, count)
+    assert choose(kernel, position, count, cut=cut) == expected
+    _, counts, kept = cut.split((13, 13, 13 * 9))
+    if position >= 128:
+        assert counts.sum() >= count
+        assert count in (10, 20) or (counts.max() > 9) == (count == 60)
+        in_room = [part[:n] for part, n in zip(kept.view(13, 9), counts.tolist(), strict=True)]
+        assert all((part != 0).all() for part in in_room)
+    else:
+        assert (cut == -1).all()
+
+
+def test_equal_scores_with_others_left_out_before(small_blocks):
+    """None can be left out, and the parts have no room: all are looked at."""
+    cut = kernel.cut_scratch(SLOTS, torch.get_default_device())
+    assert choose(kernel, 390, 40, ties=True, cut=cut) == [list(range(40))]
+
+
+def test_a_cut_that_leaves_out_what_is_chosen_is_noticed(small_blocks, monkeypatch):
+    """Planted: an edge of each part's best score, which is too high."""
+    cut = kernel.cut_scratch(SLOTS, torch.get_default_device())
+    real = kernel._edges_kernel
+
+    class Wrong:
+        def __getitem__(self, grid):
+            return lambda *args, C, **options: real[grid](*args, C=1, **options)
+
+    monkeypatch.setattr(kernel, "_edges_kernel", Wrong())
+    assert choose(kernel, 399, 60, cut=cut) != choose(twin, 399, 60)
+
+
+def test_few_rows_need_no_cut():
+    assert kernel.cut_scratch(kernel._CHOOSE_BLOCK, torch.device("cpu")) is None
