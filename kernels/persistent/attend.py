@@ -209,6 +209,8 @@ def attend(
         slot += 128
         slot = gl.where(slot >= slots, slot - slots, slot)
         next_lo, next_hi, next_v = _cached_block(k_at, v_at, slot, end - s - 128, slots, C)
+        q_lo = qs.slice(0, C // 2, dim=1).load(A)  # again: registers are scarcer than time
+        q_hi = qs.slice(C // 2, C // 2, dim=1).load(A)
         biggest, total, acc = _attend_block(
             q_lo, q_hi, k_lo, k_hi, v, s, end, biggest, total, acc, scale
         )
