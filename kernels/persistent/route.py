@@ -52,12 +52,11 @@ def route_part(
 
 @gluon.jit
 def choose(
-    layer, bias, old, tag, sums, squares, shared, trace, S: gl.constexpr, E2: gl.constexpr
+    layer, bias, tag, sums, squares, shared, trace, S: gl.constexpr, E2: gl.constexpr
 ):  # fmt: skip
-    """The experts of this token by falling logit, their weights, the norm's factor, new olds.
+    """The experts of this token by falling logit, their weights, the norm's factor.
 
     One thread waits for each number; then every warp chooses alone: 128 logits are four a lane.
-    old: [256], of which the first E2 are used
     """
     ALL: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
@@ -66,12 +65,13 @@ def choose(
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
     i = gl.arange(0, 256, layout=ALL)
+    zero = gl.zeros([256], gl.int64, layout=ALL)
     words = wait_for_sums_if(
-        sums + gl.minimum(i, S.experts - 1), old, S.router_programs, i < S.experts
+        sums + gl.minimum(i, S.experts - 1), zero, S.router_programs, i < S.experts
     )
     part = gl.minimum(gl.maximum(i - 128, 0), S.router_programs - 1)
     found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
-    shared.store(gl.where(i < 128, sum_of(words, old), found))
+    shared.store(gl.where(i < 128, sum_of(words, zero), found))
     wait_for_warps()
     stamp(trace, layer, ROUTER, READY, duty(gl.program_id(0), S) >= S.router_programs, S)
     p = gl.arange(0, 32, layout=PARTS)
@@ -96,7 +96,7 @@ def choose(
     w2 = gl.exp(peaks[2] - peaks[0])
     w3 = gl.exp(peaks[3] - peaks[0])
     all = 1.0 + w1 + w2 + w3
-    return ids, (1.0 / all, w1 / all, w2 / all, w3 / all), factor, gl.where(i < S.experts, words, 0)
+    return ids, (1.0 / all, w1 / all, w2 / all, w3 / all), factor
 
 
 @gluon.jit

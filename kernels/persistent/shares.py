@@ -67,14 +67,21 @@ def expert_share(half, program, S: gl.constexpr):
 
 
 @gluon.jit
+def turn_words(S: gl.constexpr, E2: gl.constexpr):
+    """Words of the sums of gate_up and of the router, of which layers use two sets in turn."""
+    return S.top_k * S.gate_up_blocks * 128 + E2
+
+
+@gluon.jit
 def sum_words(S: gl.constexpr, E2: gl.constexpr):
     """Words of one set of sums."""
-    return (S.out_blocks + S.qkv_blocks + S.top_k * S.gate_up_blocks) * 128 + E2 + 2
+    return (S.out_blocks + S.qkv_blocks) * 128 + 2 * turn_words(S, E2) + 2
 
 
 @gluon.jit
 def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
-    """Sums of a launch: residual, qkv, gate_up, router, signatures of readers of the residual.
+    """Sums of a launch: residual, qkv, those of gate_up and of the router for layers with an even
+    number (turn_words further for the others), signatures of readers of the residual.
 
     There are two sets: a launch uses one and clears the other.
     """
@@ -82,4 +89,4 @@ def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
     qkv = residual + S.out_blocks * 128
     gate_up = qkv + S.qkv_blocks * 128
     router = gate_up + S.top_k * S.gate_up_blocks * 128
-    return residual, qkv, gate_up, router, router + E2
+    return residual, qkv, gate_up, router, gate_up + 2 * turn_words(S, E2)

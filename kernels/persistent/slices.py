@@ -91,21 +91,21 @@ def gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
 
 
 @gluon.jit
-def down_slice(sums_ptr, old_gate, old_up, factor, column, S: gl.constexpr):
-    """320 activations of an expert, [16, 32], and what the sums were."""
+def down_slice(sums_ptr, factor, column, S: gl.constexpr):
+    """320 activations of an expert, [16, 32]."""
     _, inside, k = _places(column, 32)
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
-    complete = gl.zeros_like(old_gate) + S.gate_up_columns
+    zero = gl.zeros_like(k.to(gl.int64))
     gates, ups = wait_for_two_sums(
-        sums_ptr + 2 * k, sums_ptr + 2 * k + 1, old_gate, old_up, complete
+        sums_ptr + 2 * k, sums_ptr + 2 * k + 1, zero, zero, zero + S.gate_up_columns
     )
-    gate = sum_of(gates, old_gate) * factor
-    up = sum_of(ups, old_up) * factor
+    gate = sum_of(gates, zero) * factor
+    up = sum_of(ups, zero) * factor
     gate = gl.minimum(gate, S.limit)
     up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
     hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
-    return gl.where(inside, hidden, 0.0), gates, ups
+    return gl.where(inside, hidden, 0.0)
 
 
 @gluon.jit

@@ -29,7 +29,15 @@ from kernels.persistent.gluon_names import seen_as
 from kernels.persistent.multiply import store_fp8_terms
 from kernels.persistent.producers import dense_producer, expert_producer
 from kernels.persistent.route import choose, pick, route_part
-from kernels.persistent.shares import attention_duty, duty, expert_share, parts_of, share, sum_words
+from kernels.persistent.shares import (
+    attention_duty,
+    duty,
+    expert_share,
+    parts_of,
+    share,
+    sum_words,
+    turn_words,
+)
 from kernels.persistent.slices import (
     attention_slice,
     down_slice,
@@ -75,7 +83,7 @@ def _begin(program, token, embedding, residual, S: gl.constexpr):
 
 @gluon.jit
 def _clear(program, words, COUNT: gl.constexpr, S: gl.constexpr):
-    """Zeros in the set of sums that the next launch uses."""
+    """This program's part of zeros in sums that are used next."""
     L: gl.constexpr = gl.BlockedLayout([2], [32], [8], [0])
     at = program * 512 + gl.arange(0, 512, layout=L)
     for _ in range(0, gl.cdiv(COUNT, S.programs * 512)):
@@ -147,10 +155,6 @@ def consumer(
     HALF: gl.constexpr = S.head_width // 2
     old_lo = gl.zeros([16, HALF], gl.int64, layout=QL)
     old_hi = gl.zeros([16, HALF], gl.int64, layout=QL)
-    old_router = gl.zeros([256], gl.int64, layout=gl.BlockedLayout([1], [32], [8], [0]))
-    XL: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [8, 1], [1, 0])
-    old_gate = gl.zeros([16, 32], gl.int64, layout=XL)
-    old_up = gl.zeros([16, 32], gl.int64, layout=XL)
     weight = 1.0  # of the chosen expert whose down tiles this program has
     factor = 0.0  # of the norm in front of the experts
     dn = 0  # tiles of the rings so far
@@ -216,11 +220,12 @@ def consumer(
         count += S.out_columns
         # ---- router
         part = duty(anew(program), S)
+        turn = (layer & 1) * turn_words(S, E2)
         stamp(trace, layer, ROUTER, BEGINS, True, S)
         if part < S.router_programs:
             route_part(
                 part, layer, residual, moe_norms + layer * S.width, router, count, tag,
-                router_sums, router_squares, trace, S, E2,
+                router_sums + turn, router_squares, trace, S, E2,
             )  # fmt: skip
         # ---- gate_up, then down
         unscale = 1.0
@@ -233,16 +238,16 @@ def consumer(
                     x = gate_up_slice(residual, moe_norms + layer * S.width, count, column, S)
                     x, unscale = scaled(x)
                 else:
-                    at = gate_up + place * (S.gate_up_blocks * 128)
-                    x, old_gate, old_up = down_slice(at, old_gate, old_up, factor, column, S)
+                    at = gate_up + turn + place * (S.gate_up_blocks * 128)
+                    x = down_slice(at, factor, column, S)
                     x *= S.hidden_scale
                     unscale = 1.0 / S.hidden_scale
                 store_fp8_terms(x, estore.index(0), 16)
                 unscale *= 64.0
             if half == 0:
-                ids, mixing, factor, old_router = choose(
-                    layer, router_bias, old_router, tag, router_sums, router_squares, numbers,
-                    trace, S, E2,
+                ids, mixing, factor = choose(
+                    layer, router_bias, tag, router_sums + turn, router_squares, numbers, trace,
+                    S, E2,
                 )  # fmt: skip
                 stamp(trace, layer, ROUTER, ENDS, True, S)
                 seen_as(chosen, gl.int32, [4], FLAT).store(
@@ -250,6 +255,9 @@ def consumer(
                 )  # in one store: the compiler puts a barrier between two
                 mbarrier.arrive(routed.index(0), count=1)
                 weight = pick(expert_share(1, anew(program), S)[0], mixing)
+                # All have read the other set, in the layer before; nobody adds to it before this
+                # program has signed in the next one.
+                _clear(program, gate_up + (turn_words(S, E2) - turn), turn_words(S, E2), S)
                 worker = attention_duty(anew(program), S)
                 if worker < S.splits * S.kv_heads:
                     old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
@@ -257,7 +265,7 @@ def consumer(
             if half == 0:
                 sign(signed + 1)
             stamp(trace, layer, phase, READY, first < last, S)
-            up = (S.out_blocks + S.qkv_blocks + place * S.gate_up_blocks) * 128
+            up = (S.out_blocks + S.qkv_blocks + place * S.gate_up_blocks) * 128 + turn
             sums_at = residual + gl.where(half == 0, up, 0)
             en = expert_tiles(
                 first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),

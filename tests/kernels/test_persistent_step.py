@@ -161,6 +161,12 @@ def test_several_columns_of_tiles(kernel, fp8):
     assert state.token == actual.argmax()
 
 
+def test_layers_use_their_sums_in_turn(kernel):
+    model = step_model(replace(TINY, layers=5), fp8=True)
+    for _ in range(2):
+        assert_close(run(kernel, model, 5), expected_logits(model, 5), "decode_step")
+
+
 def test_tokens_one_after_the_other(kernel):
     """Rows that a step writes are what later steps read."""
     model, twin, lost = (step_model(fp8=True) for _ in range(3))
@@ -239,11 +245,12 @@ def test_the_trace_has_the_times_of_every_phase(kernel):
 def test_a_late_program_stops_nobody(kernel, program, monkeypatch):
     """What it has yet to read must not change, however far others could go.
 
-    With 12 heads, columns of the output projection need some programs' qkv tiles only.
+    With 12 heads, columns of the output projection need some programs' qkv tiles only; in the third
+    layer, sums that the first used are used again.
     """
     monkeypatch.setattr(gluon_on_cpu, "DEADLINE_S", 20.0)
     monkeypatch.setitem(late, "program", program)
-    model = step_model(replace(TINY, heads=12), fp8=True)
+    model = step_model(replace(TINY, heads=12, layers=3), fp8=True)
     state = request(5, model.sizes.vocabulary)
     logits = run(kernel, model, None, state=state)
     assert_close(logits, expected_logits(model, 5), "decode_step")
