@@ -160,7 +160,29 @@ def attend(
     attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
-    """One kv head's share of the cache: rotate, write the new row, attend, publish."""
+    """One kv head's share of the cache: rotate, write the new row, attend, publish; and the share
+    of all programs of the head in what several have attended to.
+
+    split, used: this program's place among those of the head, and how many of them attend
+    """
+    if split < used:
+        _attend_part(
+            old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+            attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+        )  # fmt: skip
+    else:
+        stamp(trace, layer, ATTENTION, READY, True, S)
+    if used > 1:
+        _merge(layer, kv_head, split, used, tag, parts, attention, sinks, S)
+
+
+@gluon.jit
+def _attend_part(
+    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+    attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
+    S: gl.constexpr,
+):  # fmt: skip
+    """A part of a kv head's cache; the first program of the head also writes the new row."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
     MMA: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 8], [16, 8])
@@ -230,7 +252,6 @@ def attend(
         publish(at, acc, tag, (row < R)[:, None] & (column >= 0)[None, :])
         publish(peaks + part, biggest, tag, row < R)
         publish(totals + part, total, tag, row < R)
-        _merge(layer, kv_head, split, tag, parts, attention, sinks, S)
     if split == 0:  # for the tokens behind this one; nobody waits for it
         first_half = k_at + own_slot + half
         gl.store(first_half, rows.index(2 * R).load(gl.SliceLayout(0, L)))
@@ -239,8 +260,8 @@ def attend(
 
 
 @gluon.jit
-def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr):
-    """A split's share of its kv head's outputs, from what all splits published."""
+def _merge(layer, kv_head, split, used, tag, parts, attention, sinks, S: gl.constexpr):
+    """A program's share of its kv head's outputs, from what `used` programs published."""
     C: gl.constexpr = S.head_width
     R: gl.constexpr = S.heads_per_kv
     MINE: gl.constexpr = R * C // S.splits
@@ -248,10 +269,12 @@ def _merge(layer, kv_head, split, tag, parts, attention, sinks, S: gl.constexpr)
     accs, peaks, totals = parts
     e = split * MINE + gl.arange(0, MINE, layout=gl.SliceLayout(0, L))
     s = gl.arange(0, S.splits, layout=gl.SliceLayout(1, L))
-    part = (kv_head * S.splits + s)[:, None] * R + (e // C)[None, :]
+    s_used = gl.minimum(s, used - 1)
+    part = (kv_head * S.splits + s_used)[:, None] * R + (e // C)[None, :]
     acc = wait_for_tagged(accs + part * C + (e % C)[None, :], tag, 2)
     peak = wait_for_tagged(peaks + part, tag, 2)
     total = wait_for_tagged(totals + part, tag, 2)
+    peak = gl.where((s < used)[:, None] & (e >= 0)[None, :], peak, NONE)
     head = kv_head * R + e // C
     sink = gl.load(sinks + layer * S.heads + head).to(gl.float32)
     biggest = gl.maximum(gl.max(peak, 0), sink)

@@ -181,8 +181,10 @@ def consumer(
                 split = worker // S.kv_heads
                 is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
                 start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
-                used = gl.where(position - start > S.single, S.splits, 1)
-                if split < used:
+                behind = position - start
+                used = gl.minimum(gl.cdiv(behind, S.split_rows), S.splits)
+                used = gl.where(behind > S.single, gl.maximum(used, 2), 1)
+                if split < gl.where(used > 1, S.splits, 1):
                     k_cache = cache + gl.load(cache_table + layer * 4) * 64
                     v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
                     slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)

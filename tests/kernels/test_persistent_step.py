@@ -161,6 +161,17 @@ def test_several_columns_of_tiles(kernel, fp8):
     assert state.token == actual.argmax()
 
 
+@pytest.mark.parametrize("position", [150, 151, 200, 201, 301, 500])
+def test_a_longer_cache_is_split_among_more_programs(kernel, position):
+    """One program, then two to four of a head's four; all four merge."""
+    model = step_model(fp8=True)
+    trace = torch.zeros(TINY.programs, len(PHASES) * TINY.layers + 1, 3, dtype=torch.int64)
+    actual = run(kernel, model, position, trace)
+    assert_close(actual, expected_logits(model, position), "decode_step")
+    begun, ready, ended = trace[trace[..., 2] > 0].unbind(1)
+    assert (begun <= ready).all() and (ready <= ended).all()
+
+
 def test_layers_use_their_sums_in_turn(kernel):
     model = step_model(replace(TINY, layers=5), fp8=True)
     for _ in range(2):
