@@ -341,7 +341,7 @@ def _choose_rows_kernel(
     else:
         first = _scores_at(scores_ptr, one, length)
         last = length
-        if kept_ptr is not None:
+        if kept_ptr is not None:  # noqa: SIM102 - known when it is compiled
             if length > BLOCK:
                 part = tl.arange(0, MOST_PARTS)
                 most = tl.max(tl.load(counts_ptr + part, mask=part < parts, other=0))

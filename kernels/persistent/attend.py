@@ -156,19 +156,21 @@ def _turn(
 
 @gluon.jit
 def attend(
-    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+    old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
     attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
     """One kv head's share of the cache: rotate, write the new row, attend, publish; and the share
     of all programs of the head in what several have attended to.
 
-    split, used: this program's place among those of the head, and how many of them attend
+    split, used: this program's place among those of the head, and how many of them attend,
+                 each to `per` positions
     """
     if split < used:
         _attend_part(
-            old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
-            attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+            old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv,
+            parts, attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs,
+            trace, S,
         )  # fmt: skip
     else:
         stamp(trace, layer, ATTENTION, READY, True, S)
@@ -178,7 +180,7 @@ def attend(
 
 @gluon.jit
 def _attend_part(
-    old_lo, old_hi, layer, kv_head, split, used, position, first, tag, squares, qkv, parts,
+    old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
     attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -189,7 +191,6 @@ def _attend_part(
     A: gl.constexpr = gl.DotOperandLayout(0, MMA, 2)
     B: gl.constexpr = gl.DotOperandLayout(1, MMA, 2)
     L: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
-    per = gl.cdiv(position - first, used)
     begin = first + split * per
     end = gl.minimum(begin + per, position)
     k_at = k_cache + kv_head * slots * C

@@ -54,8 +54,7 @@ class StepSizes:
     dense_slots: int = 2
     expert_slots: int = 4
     splits: int = 16  # of the cache of a full layer
-    single: int = 512  # cached positions up to which one program reads a kv head's cache
-    split_rows: int = 256  # of more positions: what each of several reads, until there are `splits`
+    single: int = 384  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
         experts = self.top_k * max(self.gate_up_columns, self.down_columns)

@@ -182,17 +182,19 @@ def consumer(
                 is_sliding = gl.load(cache_table + layer * 4 + 3).to(gl.int32)
                 start = gl.where(is_sliding != 0, gl.maximum(position - S.window + 1, 0), 0)
                 behind = position - start
-                used = gl.minimum(gl.cdiv(behind, S.split_rows), S.splits)
-                used = gl.where(behind > S.single, gl.maximum(used, 2), 1)
+                # Whole blocks of 128 positions, as few as `splits` programs can have each.
+                per = gl.maximum(gl.cdiv(behind, S.splits * 128) * 128, 128)
+                used = gl.where(behind > S.single, gl.cdiv(behind, per), 1)
+                per = gl.where(used > 1, per, behind)
                 if split < gl.where(used > 1, S.splits, 1):
                     k_cache = cache + gl.load(cache_table + layer * 4) * 64
                     v_cache = cache + gl.load(cache_table + layer * 4 + 1) * 64
                     slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
                     stamp(trace, layer, ATTENTION, BEGINS, True, S)
                     attend(
-                        old_lo, old_hi, layer, worker % S.kv_heads, split, used, position, start,
-                        tag, squares, qkv, (accs, peaks, totals), attention, qkv_scale, qkv_bias,
-                        sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+                        old_lo, old_hi, layer, worker % S.kv_heads, split, used, per, position,
+                        start, tag, squares, qkv, (accs, peaks, totals), attention, qkv_scale,
+                        qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
                     )  # fmt: skip
                     stamp(trace, layer, ATTENTION, ENDS, True, S)
             unscale = 1.0
