@@ -130,6 +130,22 @@ def sign(ptr):
 
 
 @gluon.jit
+def claim(ptr):
+    """Count one more at ptr: what was there, in one lane of a single warp; see claimed."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    i = gl.arange(0, 32, layout=L)
+    one = gl.full([32], 1, gl.int64, layout=L)
+    return gl.atomic_add(ptr + i * 0, one, mask=i == 0, sem="relaxed", scope="gpu")
+
+
+@gluon.jit
+def claimed(words):
+    """The number that claim has brought; waits for it."""
+    i = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [1], [0]))
+    return gl.sum(gl.where(i == 0, words.to(gl.int32), 0), 0)
+
+
+@gluon.jit
 def wait_for_signatures(ptr, count):
     """Until a word has as many contributions since it was cleared. For a single warp."""
     return gl.inline_asm_elementwise(

@@ -59,7 +59,7 @@ class StepBuffers:
         """Zeros."""
         s = sizes
         blocks = s.out_blocks + s.qkv_blocks + 2 * s.top_k * s.gate_up_blocks
-        words = blocks * TILE_ROWS + 2 * padded_experts(s) + 2
+        words = blocks * TILE_ROWS + 2 * padded_experts(s) + 2 + s.layers * s.gate_up_columns
         parts = s.splits * (s.attention_width + 2 * s.heads) + DRAW_WORDS * s.programs
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),

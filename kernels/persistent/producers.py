@@ -5,8 +5,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.persistent import sizes
-from kernels.persistent.exchange import wait_for_signatures
-from kernels.persistent.gluon_names import copy_rows
+from kernels.persistent.exchange import claim, claimed, wait_for_signatures
+from kernels.persistent.gluon_names import copy_rows, seen_as
 from kernels.persistent.shares import expert_share, share
 
 EXPERT_ROWS = gl.constexpr(sizes.EXPERT_ROWS)
@@ -47,41 +47,66 @@ def dense_producer(desc128, desc32, big, small, full, empty, S: gl.constexpr):
 
 
 @gluon.jit
-def _expert_line(
-    desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S: gl.constexpr
-):
-    for i in range(first, last):
-        slot = n % S.expert_slots
-        mbarrier.wait(empty.index(slot), ((n // S.expert_slots) & 1) ^ 1)
-        at = (base + i) * EXPERT_ROWS
-        bar = full.index(slot)
-        mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
-        copy_rows(desc64, [at, 0], bar, big.index(slot))
-        copy_rows(desc16, [at + 64, 0], bar, small.index(slot))
-        copy_rows(desc8, [at + 80, 0], bar, scales.index(slot))
-        n += 1
-    return n
+def _expert_tile(
+    desc64, desc16, desc8, tile, n, big, small, scales, full, S: gl.constexpr
+):  # fmt: skip
+    """Load a tile into the slot of the n-th, which is empty."""
+    slot = n % S.expert_slots
+    at = tile * EXPERT_ROWS
+    bar = full.index(slot)
+    mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
+    copy_rows(desc64, [at, 0], bar, big.index(slot))
+    copy_rows(desc16, [at + 64, 0], bar, small.index(slot))
+    copy_rows(desc8, [at + 80, 0], bar, scales.index(slot))
 
 
 @gluon.jit
 def expert_producer(
-    desc64, desc16, desc8, signed, big, small, scales, full, empty, chosen, routed, S: gl.constexpr
-):
-    """One warp: the tiles of the experts of each layer, once the routing is known."""
+    desc64, desc16, desc8, signed, big, small, scales, full, empty, chosen, routed, told, tellings,
+    S: gl.constexpr,
+):  # fmt: skip
+    """One warp: the tiles of the experts of each layer, once the routing is known.
+
+    told, tellings: a ring in which the claimed blocks stand, and last -1
+    """
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    ALL: gl.constexpr = S.top_k * S.gate_up_blocks
+    GIVEN: gl.constexpr = S.gate_up_given * (S.programs // S.gate_up_columns)
     program = gl.program_id(0)
     n = 0
+    m = 0
     for layer in range(S.layers):
         mbarrier.wait(routed.index(0), layer & 1)
-        for half in range(2):
-            if half == 1:
-                wait_for_signatures(signed, (layer + 1) * S.programs)
-            place, column, first, last = expert_share(half, program, S)
-            expert = gl.sum(chosen.index(place).load(ONE), 0)
-            base = (layer * S.experts + expert) * S.expert_tiles
-            base += gl.where(
-                half == 0, column * S.gate_up_blocks, S.gate_up_tiles + column * S.down_blocks
-            )
-            n = _expert_line(
-                desc64, desc16, desc8, base, first, last, n, big, small, scales, full, empty, S
-            )
+        base = layer * S.experts
+        _, column, i, given = expert_share(0, program, S)
+        counter = signed + 2 + layer * S.gate_up_columns + column
+        words = claim(counter)
+        more = True
+        while more:
+            mbarrier.wait(empty.index(n % S.expert_slots), ((n // S.expert_slots) & 1) ^ 1)
+            if i >= given:
+                i = GIVEN + claimed(words)
+                more = i < ALL
+                seen_as(told.index(m % S.told_slots), gl.int32, [1], FLAT).store(
+                    gl.zeros([1], gl.int32, layout=ONE) + gl.where(more, i, -1)
+                )
+                mbarrier.arrive(tellings.index(m % S.told_slots), count=1)
+                m += 1
+                words = claim(counter)
+            if more:
+                place = i // S.gate_up_blocks
+                expert = gl.sum(chosen.index(place).load(ONE), 0)
+                tile = (base + expert) * S.expert_tiles + column * S.gate_up_blocks
+                tile += i - place * S.gate_up_blocks
+                _expert_tile(desc64, desc16, desc8, tile, n, big, small, scales, full, S)
+                n += 1
+                i += 1
+        wait_for_signatures(signed + 1, (layer + 1) * S.programs)
+        place, column, first, last = expert_share(1, program, S)
+        expert = gl.sum(chosen.index(place).load(ONE), 0)
+        tile0 = (base + expert) * S.expert_tiles + S.gate_up_tiles + column * S.down_blocks
+        for block in range(first, last):
+            mbarrier.wait(empty.index(n % S.expert_slots), ((n // S.expert_slots) & 1) ^ 1)
+            _expert_tile(desc64, desc16, desc8, tile0 + block, n, big, small, scales, full, S)
+            n += 1

@@ -25,13 +25,16 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
 def duty(program, S: gl.constexpr):
     """A program's place in the order in which programs take parts of the router.
 
-    Those without tiles of experts come first: who is late with an expert's tiles delays all.
+    First those without tiles that are given out, then the last of each column of tiles: they come
+    later to their experts' tiles, so no column should have many of them.
     """
-    COLUMNS: gl.constexpr = S.top_k * S.gate_up_columns
-    ACTIVE: gl.constexpr = S.programs // COLUMNS * COLUMNS
+    EACH: gl.constexpr = S.programs // S.gate_up_columns
+    ACTIVE: gl.constexpr = EACH * S.gate_up_columns
     before = program * ACTIVE // S.programs
     works = (program + 1) * ACTIVE // S.programs > before
-    return gl.where(works, S.programs - ACTIVE + before, program - before)
+    column = before // EACH
+    place = (EACH - 1 - before + column * EACH) * S.gate_up_columns + column
+    return gl.where(works, S.programs - ACTIVE + place, program - before)
 
 
 @gluon.jit
@@ -56,14 +59,21 @@ def attention_duty(program, S: gl.constexpr):
 def expert_share(half, program, S: gl.constexpr):
     """A program's part of gate_up (half 0) or down (1) of the chosen experts.
 
-    Returns the expert's place among the chosen, its column of tiles, first and last + 1 block.
+    All experts' gate_up multiply the same vector: their blocks of rows count on from one chosen
+    expert to the next. The first of them are given out here, the others are claimed. Down's have a
+    vector each: a program has tiles of one expert, and all are given out.
+
+    Returns the expert's place among the chosen (down), the column of tiles, first and last + 1
+    block.
     """
-    column, first, last = share(program, S.top_k * S.gate_up_columns, S.gate_up_blocks, S)
-    columns = S.gate_up_columns + half * (S.down_columns - S.gate_up_columns)
+    EACH: gl.constexpr = S.programs // S.gate_up_columns
+    column, first, last = share(program, S.gate_up_columns, S.gate_up_given * EACH, S)
+    place = 0
     if half == 1:
         column, first, last = share(program, S.top_k * S.down_columns, S.down_blocks, S)
-    place = gl.minimum(column // columns, S.top_k - 1)
-    return place, column - place * columns, first, last
+        place = gl.minimum(column // S.down_columns, S.top_k - 1)
+        column -= place * S.down_columns
+    return place, column, first, last
 
 
 @gluon.jit
@@ -75,7 +85,7 @@ def turn_words(S: gl.constexpr, E2: gl.constexpr):
 @gluon.jit
 def sum_words(S: gl.constexpr, E2: gl.constexpr):
     """Words of one set of sums."""
-    return (S.out_blocks + S.qkv_blocks) * 128 + 2 * turn_words(S, E2) + 2
+    return (S.out_blocks + S.qkv_blocks) * 128 + 2 * turn_words(S, E2) + 2 + S.layers * S.gate_up_columns
 
 
 @gluon.jit

@@ -57,7 +57,7 @@ class StepSizes:
     single: int = 384  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
-        experts = self.top_k * max(self.gate_up_columns, self.down_columns)
+        experts = max(self.gate_up_columns, self.top_k * self.down_columns)
         phases = (self.width_columns, self.out_columns, experts, self.router_programs)
         needed = max(*phases, self.splits * self.kv_heads)
         if needed > self.programs:
@@ -133,6 +133,17 @@ class StepSizes:
     @property
     def gate_up_columns(self) -> int:
         return cdiv(self.width, TILE_COLUMNS)
+
+    @property
+    def gate_up_given(self) -> int:
+        """Blocks of the chosen experts' gate_up that every program has: two thirds of an even
+        share. The others go to who is ready for more, because memory does not serve all alike."""
+        return 2 * self.top_k * self.gate_up_blocks // (3 * (self.programs // self.gate_up_columns))
+
+    @property
+    def told_slots(self) -> int:
+        """Of the ring in which a program's claims stand: those on the way, and the end."""
+        return 1 << (self.expert_slots + 1).bit_length()
 
     @property
     def down_blocks(self) -> int:

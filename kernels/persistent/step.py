@@ -97,8 +97,8 @@ def consumer(
     moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, xs, hscale, rows, qs, trace, draws, S: gl.constexpr,
-    E2: gl.constexpr,
+    efull, eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace, draws,
+    S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -159,6 +159,7 @@ def consumer(
     factor = 0.0  # of the norm in front of the experts
     dn = 0  # tiles of the rings so far
     en = 0
+    claims = 0  # of tiles of gate_up so far
     count = 1  # contributions to a row of the residual so far
     for layer in range(S.layers):
         tag = launch * S.layers + layer + 1
@@ -236,8 +237,9 @@ def consumer(
         for half in range(2):
             place, column, first, last = expert_share(half, anew(program), S)
             phase = gl.where(half == 0, GATE_UP, DOWN)
-            stamp(trace, layer, phase, BEGINS, first < last, S)
-            if first < last:
+            works = (half == 0) | (first < last)
+            stamp(trace, layer, phase, BEGINS, works, S)
+            if works:
                 if half == 0:
                     x = gate_up_slice(residual, moe_norms + layer * S.width, count, column, S)
                     x, unscale = scaled(x)
@@ -268,16 +270,16 @@ def consumer(
             slice_stored()
             if half == 0:
                 sign(signed + 1)
-            stamp(trace, layer, phase, READY, first < last, S)
-            up = (S.out_blocks + S.qkv_blocks + place * S.gate_up_blocks) * 128 + turn
+            stamp(trace, layer, phase, READY, works, S)
+            up = (S.out_blocks + S.qkv_blocks) * 128 + turn
             sums_at = residual + gl.where(half == 0, up, 0)
-            en = expert_tiles(
-                first, last, en, unscale, gl.where(half == 0, 1.0 / factor, 1.0),
-                gl.where(half == 0, 1.0, weight),
-                gl.where(half == 0, S.gate_up_blocks * 128, S.width), wbig, wsmall, wscales, wlast,
-                xe, efull, eempty, sums_at, S,
+            en, claims = expert_tiles(
+                first, last, half == 0, en, claims, unscale,
+                gl.where(half == 0, 1.0 / factor, 1.0), gl.where(half == 0, 1.0, weight),
+                gl.where(half == 0, S.top_k * S.gate_up_blocks * 128, S.width), wbig, wsmall,
+                wscales, wlast, xe, efull, eempty, told, tellings, sums_at, S,
             )  # fmt: skip
-            stamp(trace, layer, phase, ENDS, first < last, S)
+            stamp(trace, layer, phase, ENDS, works, S)
         count += S.top_k * S.down_columns
     head(
         dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale,
@@ -321,6 +323,9 @@ def step_kernel(
     efull = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
     eempty = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
     routed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    TOLD: gl.constexpr = S.told_slots
+    told = gl.allocate_shared_memory(gl.int32, [TOLD, 1], LINE)
+    tellings = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(DENSE):
         mbarrier.init(dfull.index(s), count=1)
         mbarrier.init(dempty.index(s), count=1)
@@ -328,6 +333,8 @@ def step_kernel(
         mbarrier.init(efull.index(s), count=1)
         mbarrier.init(eempty.index(s), count=1)
     mbarrier.init(routed.index(0), count=1)
+    for s in gl.static_range(TOLD):
+        mbarrier.init(tellings.index(s), count=1)
     _, _, _, _, signed = parts_of(sums, gl.load(counter), S, E2)
     gl.warp_specialize(
         [
@@ -336,10 +343,11 @@ def step_kernel(
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
-                        eempty, chosen, routed, xs, hscale, rows, qs, trace_ptr, draws, S, E2)),
+                        eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace_ptr,
+                        draws, S, E2)),
             (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (expert64, expert16, expert8, signed + 1, ebig, esmall, escales,
-                               efull, eempty, chosen, routed, S)),
+            (expert_producer, (expert64, expert16, expert8, signed, ebig, esmall, escales,
+                               efull, eempty, chosen, routed, told, tellings, S)),
         ],
         [1, 1],
         [40, 40],

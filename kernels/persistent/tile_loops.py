@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.persistent.draw import consider, hand_in, nothing_found
 from kernels.persistent.exchange import add_to_sums
-from kernels.persistent.gluon_names import wait_for_warps
+from kernels.persistent.gluon_names import seen_as, wait_for_warps
 from kernels.persistent.multiply import (
     dense_piece,
     load_expert_tile,
@@ -61,24 +61,40 @@ def dense_tiles(
 
 @gluon.jit
 def expert_tiles(
-    first, last, n, unscale, bias_factor, mixing, limit, big, small, scales, last_scales, xs, full,
-    empty, sums, S: gl.constexpr,
+    first, last, claims, n, m, unscale, bias_factor, mixing, limit, big, small, scales,
+    last_scales, xs, full, empty, told, tellings, sums, S: gl.constexpr,
 ):  # fmt: skip
-    """Add tiles of one column and their biases times bias_factor to sums, all times mixing."""
+    """Add tiles of one column and their biases times bias_factor to sums, all times mixing: blocks
+    first to last - 1, then those that the producer has claimed if it does.
+
+    n, m: tiles and tellings of the rings so far; returned
+    """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    for block in range(first, last):
-        slot = _wait_full(full, n, S.expert_slots)
-        tile = load_expert_tile(big, small, scales, last_scales, slot)
-        mbarrier.arrive(empty.index(slot), count=1)
-        acc, bias = multiply_expert_tile(tile, xs, zero)
-        value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
-        row = block * 128 + gl.arange(0, 128, layout=ROW)
-        add_to_sums(sums + row, value, 1, row < limit)
-        n += 1
+    more = True
+    while more:
+        for block in range(first, last):
+            slot = _wait_full(full, n, S.expert_slots)
+            tile = load_expert_tile(big, small, scales, last_scales, slot)
+            mbarrier.arrive(empty.index(slot), count=1)
+            acc, bias = multiply_expert_tile(tile, xs, zero)
+            value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
+            row = block * 128 + gl.arange(0, 128, layout=ROW)
+            add_to_sums(sums + row, value, 1, row < limit)
+            n += 1
+        more = claims
+        if claims:
+            slot = m % S.told_slots
+            mbarrier.wait(tellings.index(slot), (m // S.told_slots) & 1)
+            first = gl.sum(seen_as(told.index(slot), gl.int32, [1], FLAT).load(ONE), 0)
+            last = first + 1
+            more = first >= 0
+            m += 1
     wait_for_warps()  # the slice may be written again
-    return n
+    return n, m
 
 
 @gluon.jit

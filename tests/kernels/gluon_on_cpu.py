@@ -422,7 +422,8 @@ class Emulated:
         return T(out)
 
     @staticmethod
-    def _write(ptr: Pointer, value: Any, mask: Any, add: bool) -> None:
+    def _write(ptr: Pointer, value: Any, mask: Any, add: bool) -> T:
+        """Returns what was there before, where not masked."""
         at = ptr.at
         value = np.broadcast_to(np.asarray(raw(value)), at.shape)
         if mask is not None:
@@ -430,16 +431,18 @@ class Emulated:
             at, value = at[keep], value[keep]
         assert (at >= 0).all() and (at < len(ptr.memory)).all(), "store outside of the buffer"
         with _memory:
+            before = ptr.memory[np.clip(ptr.at, 0, len(ptr.memory) - 1)]
             if add:
                 np.add.at(ptr.memory, at, value.astype(ptr.memory.dtype))
             else:
                 ptr.memory[at] = value.astype(ptr.memory.dtype)
+        return T(before)
 
     def store(self, ptr: Pointer, value: Any, mask: Any = None, **kwargs: Any) -> None:
         self._write(ptr, value, mask, add=False)
 
-    def atomic_add(self, ptr: Pointer, value: Any, mask: Any = None, **kwargs: Any) -> None:
-        self._write(ptr, value, mask, add=True)
+    def atomic_add(self, ptr: Pointer, value: Any, mask: Any = None, **kwargs: Any) -> T:
+        return self._write(ptr, value, mask, add=True)
 
     def inline_asm_elementwise(
         self, asm: str, constraints: str, args: list[Any], **kwargs: Any
