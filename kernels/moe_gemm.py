@@ -32,7 +32,7 @@ from kernels.weight_formats import (
     scale_bytes,
     scales_of,
 )
-from kernels.weight_tiles import decode_chunk, decode_tile
+from kernels.weight_tiles import decode_chunk, decode_tile, load_chunk
 from quant.tensor import QuantTensor
 
 CHUNK_COLUMNS = TILE_COLUMNS // PIECE_CHUNKS  # of a tile
@@ -52,9 +52,13 @@ class Tile:
 # 560 us a layer; wider and deeper tiles were slower, weights as the left operand too.
 TILES = {
     16: Tile(64, 64, 4, 3),
+    32: Tile(64, 64, 4, 3),
     64: Tile(128, 64, 4, 3),
     128: Tile(128, 64, 8, 3),
 }
+
+# Blocks of so few pairs are not pipelined by the compiler: a step's loads would all be waited for.
+_MOST_ROWS_AHEAD = 32
 
 
 @triton.jit
@@ -100,6 +104,7 @@ def _moe_gemm_kernel(
     FIRST_TILE: tl.constexpr,
     TILE_BYTES: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a tile
+    AHEAD: tl.constexpr,  # of tiles: whether a chunk is loaded while the one before is multiplied
     OUT_STRIDE: tl.constexpr,
     SWIGLU: tl.constexpr,
     GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
@@ -134,18 +139,38 @@ def _moe_gemm_kernel(
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
         chunk = tl.program_id(1) * 0
+        x_rows = x_ptr + x_row[:, None] * X_STRIDE
+        if AHEAD:
+            words, first, second = load_chunk(weights_ptr + tile, chunk, BLOCK_N, CHUNKS)
+            x_next = tl.load(
+                x_rows + tl.arange(0, BLOCK_K)[None, :], mask=working[:, None], other=0.0
+            )
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             inside = working[:, None]
             if not TILED:
                 inside = inside & (k < K)[None, :]
-            x = tl.load(x_ptr + x_row[:, None] * X_STRIDE + k[None, :], mask=inside, other=0.0)
+            if not AHEAD:
+                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
             if TILED:
-                w = decode_chunk(weights_ptr + tile, chunk, x.dtype, BLOCK_N, CHUNKS)
+                if not AHEAD:
+                    words, first, second = load_chunk(weights_ptr + tile, chunk, BLOCK_N, CHUNKS)
                 # The next chunk; behind the last one the same rows' tile of the next columns.
                 is_last = chunk == CHUNKS - 1
                 tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
-                chunk = tl.where(is_last, 0, chunk + 1)
+                next_chunk = tl.where(is_last, 0, chunk + 1)
+                if AHEAD:
+                    x = x_next
+                    more = k0 + BLOCK_K < K  # else the same again
+                    at = tl.where(more, tile, 0)
+                    next_words, next_first, next_second = load_chunk(
+                        weights_ptr + at, next_chunk, BLOCK_N, CHUNKS
+                    )
+                    x_next = tl.load(x_rows + (k + BLOCK_K)[None, :], mask=inside & more, other=0.0)
+                w = decode_chunk(words, first, second, chunk, x.dtype, BLOCK_N, CHUNKS)
+                chunk = next_chunk
+                if AHEAD:
+                    words, first, second = next_words, next_first, next_second
             elif CODES == "bf16":
                 w = tl.load(
                     weights_ptr + row[:, None] * K + k[None, :],
@@ -223,7 +248,7 @@ def _add_expert_outputs_kernel(
 def rows_per_block(tokens: int, experts_per_token: int, num_experts: int) -> int:
     """Rows of a block that waste little: about the pairs an expert gets, from 16 to 128."""
     share = tokens * experts_per_token / num_experts
-    return 128 if share > 48 else 64 if share > 24 else 16
+    return 128 if share > 48 else 64 if share > 24 else 32 if share > 8 else 16
 
 
 def moe_gemm_gate_up(
@@ -355,6 +380,7 @@ def _launch(
         **formats,
         TILE_BYTES=EXPERT_TILE_BYTES,
         CHUNKS=PIECE_CHUNKS,
+        AHEAD=isinstance(weight, TiledExperts) and block_m <= _MOST_ROWS_AHEAD,
         OUT_STRIDE=out.shape[1],
         SWIGLU=activation is not None,
         GATE_STEP=step,

@@ -70,25 +70,31 @@ fma.rn.bf16x2 $3, $3, t, u; fma.rn.bf16x2 $3, $3, $6, u;
 
 
 @triton.jit
-def decode_chunk(tile_ptr, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """Weights [ROWS, 64] of one chunk of a tile of bytes, in the order of its words.
+def load_chunk(tile_ptr, chunk, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Words of codes of one chunk of a tile of bytes, [ROWS / 2, 16], and words in which the scales
+    of its two groups are, [ROWS / 2, 2] of rows r and of rows r + 8."""
+    pair = tl.arange(0, ROWS // 2)
+    words_ptr = tile_ptr.to(tl.pointer_type(tl.int32))
+    words = tl.load(words_ptr + chunk * (ROWS * 8) + pair[:, None] * 16 + tl.arange(0, 16)[None, :])
+    # Scales are bytes of words [words, rows]. A chunk's two groups are in two words, those of the
+    # last chunk in one.
+    group = tl.arange(0, 2)
+    word = tl.where(chunk == CHUNKS - 1, 2, group)
+    row = pair // 8 * 16 + pair % 8
+    scales = words_ptr + CHUNKS * ROWS * 8 + word[None, :] * ROWS
+    return words, tl.load(scales + row[:, None]), tl.load(scales + (row + 8)[:, None])
+
+
+@triton.jit
+def decode_chunk(words, first, second, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Weights [ROWS, 64] of what load_chunk has found, in the order of its words.
 
     Row 2 i + j is row 16 (i // 8) + i % 8 + 8 j, column 16 c + 4 q + e is column 16 q + 4 c + e.
     """
-    pair = tl.arange(0, ROWS // 2)
-    word = tl.arange(0, 16)
-    words_ptr = tile_ptr.to(tl.pointer_type(tl.int32)) + chunk * (ROWS * 8)
-    words = tl.load(words_ptr + pair[:, None] * 16 + word[None, :])
-    # Scales are bytes of words [words, rows]. Whole words are loaded: those can be under way while
-    # others are decoded. A chunk's two groups are in two words, those of the last chunk in one.
     group = tl.arange(0, 2)
-    row = pair // 8 * 16 + pair % 8
-    is_last = chunk == CHUNKS - 1
-    word = tl.where(is_last, 2, group)
-    shift = tl.where(is_last, group * 8, group * 0 + chunk * 8)[None, :]
-    scales = tile_ptr.to(tl.pointer_type(tl.int32)) + CHUNKS * ROWS * 8 + word[None, :] * ROWS
-    first = (tl.load(scales + row[:, None]) >> shift) & 0xFF
-    second = (tl.load(scales + (row + 8)[:, None]) >> shift) & 0xFF
+    shift = tl.where(chunk == CHUNKS - 1, group * 8, group * 0 + chunk * 8)[None, :]
+    first = (first >> shift) & 0xFF
+    second = (second >> shift) & 0xFF
     if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
         bits = words.to(tl.uint32, bitcast=True)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
         code = bits.to(tl.int32)

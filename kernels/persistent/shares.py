@@ -85,7 +85,12 @@ def turn_words(S: gl.constexpr, E2: gl.constexpr):
 @gluon.jit
 def sum_words(S: gl.constexpr, E2: gl.constexpr):
     """Words of one set of sums."""
-    return (S.out_blocks + S.qkv_blocks) * 128 + 2 * turn_words(S, E2) + 2 + S.layers * S.gate_up_columns
+    return (
+        (S.out_blocks + S.qkv_blocks) * 128
+        + 2 * turn_words(S, E2)
+        + 2
+        + S.layers * S.gate_up_columns
+    )
 
 
 @gluon.jit
