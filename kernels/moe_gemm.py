@@ -13,7 +13,7 @@ T tokens, D model width, F expert width, E experts, K experts per token; in the 
 the rows and columns of the weight, M a block of (token, slot) pairs.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -52,13 +52,16 @@ class Tile:
 # 560 us a layer; wider and deeper tiles were slower, weights as the left operand too.
 TILES = {
     16: Tile(64, 64, 4, 3),
-    32: Tile(64, 64, 4, 3),
     64: Tile(128, 64, 4, 3),
     128: Tile(128, 64, 8, 3),
 }
-
-# Blocks of so few pairs are not pipelined by the compiler: a step's loads would all be waited for.
-_MOST_ROWS_AHEAD = 32
+# Of experts in tiles. Measured on an H100 with 128, 512 and 2,048 tokens of gpt-oss-20b and 120b:
+# both halves of a layer take 398, 649 and 1,693 us, and 1,358 (128 tokens) and 2,399; blocks of 16
+# and 32 pairs, four warps, other numbers of stages were slower (docs/performance.md).
+TILES_OF_TILES = {
+    64: Tile(TILE_ROWS, CHUNK_COLUMNS, 8, 3),
+    128: Tile(TILE_ROWS, CHUNK_COLUMNS, 8, 2),
+}
 
 
 @triton.jit
@@ -104,7 +107,6 @@ def _moe_gemm_kernel(
     FIRST_TILE: tl.constexpr,
     TILE_BYTES: tl.constexpr,
     CHUNKS: tl.constexpr,  # of a tile
-    AHEAD: tl.constexpr,  # of tiles: whether a chunk is loaded while the one before is multiplied
     OUT_STRIDE: tl.constexpr,
     SWIGLU: tl.constexpr,
     GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
@@ -140,44 +142,38 @@ def _moe_gemm_kernel(
         tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
         chunk = tl.program_id(1) * 0
         x_rows = x_ptr + x_row[:, None] * X_STRIDE
-        if AHEAD:
+        if TILED:
             words, first, second = load_chunk(weights_ptr + tile, chunk, BLOCK_N, CHUNKS)
-            x_next = tl.load(
-                x_rows + tl.arange(0, BLOCK_K)[None, :], mask=working[:, None], other=0.0
-            )
+            k = tl.arange(0, BLOCK_K)
+            x_next = tl.load(x_rows + k[None, :], mask=working[:, None], other=0.0)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
-            inside = working[:, None]
-            if not TILED:
-                inside = inside & (k < K)[None, :]
-            if not AHEAD:
-                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            inside = working[:, None] & (k < K)[None, :]
             if TILED:
-                if not AHEAD:
-                    words, first, second = load_chunk(weights_ptr + tile, chunk, BLOCK_N, CHUNKS)
-                # The next chunk; behind the last one the same rows' tile of the next columns.
+                # Loads of the next chunk are under way while this one is decoded and multiplied.
+                # Behind a tile's last one comes the same rows' tile of the next columns.
                 is_last = chunk == CHUNKS - 1
                 tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
                 next_chunk = tl.where(is_last, 0, chunk + 1)
-                if AHEAD:
-                    x = x_next
-                    more = k0 + BLOCK_K < K  # else the same again
-                    at = tl.where(more, tile, 0)
-                    next_words, next_first, next_second = load_chunk(
-                        weights_ptr + at, next_chunk, BLOCK_N, CHUNKS
-                    )
-                    x_next = tl.load(x_rows + (k + BLOCK_K)[None, :], mask=inside & more, other=0.0)
+                more = k0 + BLOCK_K < K  # else any tile
+                next_words, next_first, next_second = load_chunk(
+                    weights_ptr + tl.where(more, tile, 0), next_chunk, BLOCK_N, CHUNKS
+                )
+                x = x_next
+                x_next = tl.load(
+                    x_rows + (k + BLOCK_K)[None, :], mask=working[:, None] & more, other=0.0
+                )
                 w = decode_chunk(words, first, second, chunk, x.dtype, BLOCK_N, CHUNKS)
-                chunk = next_chunk
-                if AHEAD:
-                    words, first, second = next_words, next_first, next_second
+                words, first, second, chunk = next_words, next_first, next_second, next_chunk
             elif CODES == "bf16":
+                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
                 w = tl.load(
                     weights_ptr + row[:, None] * K + k[None, :],
                     mask=(n < N)[:, None] & (k < K)[None, :],
                     other=0.0,
                 ).to(x.dtype)
             else:
+                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
                 word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
                 words = tl.load(
                     weights_ptr + row[:, None] * (K // 8) + word[None, :],
@@ -245,10 +241,17 @@ def _add_expert_outputs_kernel(
     tl.store(residual, tl.load(residual, mask=d < D, other=0.0) + total, mask=d < D)
 
 
-def rows_per_block(tokens: int, experts_per_token: int, num_experts: int) -> int:
-    """Rows of a block that waste little: about the pairs an expert gets, from 16 to 128."""
+def rows_per_block(
+    tokens: int, experts_per_token: int, num_experts: int, *, tiled: bool = False
+) -> int:
+    """Rows of a block that waste little: about the pairs an expert gets, up to 128.
+
+    tiled: experts stand in tiles, whose decoding costs more than products with empty rows
+    """
     share = tokens * experts_per_token / num_experts
-    return 128 if share > 48 else 64 if share > 24 else 32 if share > 8 else 16
+    if tiled:
+        return 128 if share > 48 else 64
+    return 128 if share > 48 else 64 if share > 24 else 16
 
 
 def moe_gemm_gate_up(
@@ -340,9 +343,8 @@ def _launch(
     gated = activation or Swiglu()
     step, to_up = gated.rows(rows // 2)
     blocks, block_m = routing.block_rows.shape
-    tile = TILES[block_m]
+    tile = (TILES_OF_TILES if isinstance(weight, TiledExperts) else TILES)[block_m]
     if isinstance(weight, TiledExperts):
-        tile = replace(tile, block_n=TILE_ROWS)
         assert activation is None or (step, to_up) == (2, 1), activation
         values, scales, tensor_scale = weight.tiles, None, None
         formats = {
@@ -380,7 +382,6 @@ def _launch(
         **formats,
         TILE_BYTES=EXPERT_TILE_BYTES,
         CHUNKS=PIECE_CHUNKS,
-        AHEAD=isinstance(weight, TiledExperts) and block_m <= _MOST_ROWS_AHEAD,
         OUT_STRIDE=out.shape[1],
         SWIGLU=activation is not None,
         GATE_STEP=step,

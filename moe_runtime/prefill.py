@@ -24,6 +24,7 @@ from kernels.moe_gemm import (
     rows_per_block,
 )
 from kernels.moe_routing import route_tokens
+from kernels.persistent.pack import TiledExperts
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv import rope_and_cache
 from kernels.sink_attention_prefill import rows_per_program, sink_attention_prefill
@@ -88,9 +89,14 @@ class Prefill:
         lengths: dict[tuple[int, int], int] = {}
         for tokens in range(1, self.chunk + 1):
             attention = rows_per_program(tokens, c.num_heads // c.num_kv_heads)
-            experts = rows_per_block(tokens, c.experts_per_token, c.num_experts)
+            experts = self._rows_per_block(tokens)
             lengths.setdefault((attention, experts), tokens)
         return list(lengths.values())
+
+    def _rows_per_block(self, tokens: int) -> int:
+        c = self.config
+        tiled = isinstance(self.weights.layers[0].gate_up, TiledExperts)
+        return rows_per_block(tokens, c.experts_per_token, c.num_experts, tiled=tiled)
 
     def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
@@ -122,7 +128,7 @@ class Prefill:
         c = self.config
         normed_TD = rms_norm(x_TD, w.moe_norm, c.norm_eps, torch.float32)
         logits_TE = linear(normed_TD, self._routers[layer], self._router_biases[layer])
-        block_rows = rows_per_block(len(x_TD), c.experts_per_token, c.num_experts)
+        block_rows = self._rows_per_block(len(x_TD))
         routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
         hidden = moe_gemm_gate_up(
             normed_TD.to(self.dtype),

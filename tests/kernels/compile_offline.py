@@ -173,7 +173,7 @@ def run_moe_gemm_tiled(s: Sizes) -> None:
     count = first_down + tiles_of(s.D, s.F)
     tiles = empty(s.E, count, EXPERT_TILE_BYTES, dtype=torch.uint8)
     gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D))
-    for block_rows in moe_gemm.TILES:
+    for block_rows in moe_gemm.TILES_OF_TILES:
         run_both_halves(s, gate_up, TiledExperts(tiles, first_down, (s.E, s.D, s.F)), block_rows)
 
 

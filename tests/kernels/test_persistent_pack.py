@@ -123,7 +123,7 @@ def test_prefills_words_become_bf16(scales):
 
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "width", "expert_width", "block_rows"),
-    [(45, 3, 2, 96, 64, 64), (7, 6, 1, 352, 96, 16), (30, 5, 4, 160, 96, 128)],
+    [(45, 3, 2, 96, 64, 64), (7, 6, 1, 352, 96, 64), (30, 5, 4, 160, 96, 128)],
 )
 def test_prefill_reads_tiles(device, tokens, experts, top_k, width, expert_width, block_rows):
     torch.manual_seed(0)
