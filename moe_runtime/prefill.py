@@ -38,6 +38,8 @@ from quant.tensor import QuantTensor
 class Prefill:
     """Runs prompts; shares weights, cache and rope tables with the decode step."""
 
+    may_pad = True
+
     def __init__(
         self,
         config: ModelConfig,

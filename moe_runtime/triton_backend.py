@@ -14,7 +14,8 @@ from kernels.read_bandwidth import read_bandwidth
 from kernels.sampling import NO_CUT
 from moe_runtime.backend import SampledToken
 from moe_runtime.config import DecoderConfig
-from moe_runtime.gpu.captured_step import CapturedStep
+from moe_runtime.gpu.captured_prompts import CapturedPrompts
+from moe_runtime.gpu.captured_step import CapturedStep, Prompts
 from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.plan import MemoryPlan
@@ -48,9 +49,12 @@ class TritonBackend:
         self.vocab_size = config.vocab_size
         self.max_context = plan.max_context
         family = GPU_FAMILIES[config.family]
-        self._step, self._prefill = family.assemble(
+        self._step, prefill = family.assemble(
             config, weights, plan.max_context, device, cache_dtype
         )
+        self._prefill: Prompts = prefill
+        if prefill.may_pad:
+            self._prefill = CapturedPrompts(prefill, plan.max_context, device)
         self.read_bandwidth: float | None = None
         if device.type == "cuda":
             measured = read_bandwidth(device, buffer_bytes=_BANDWIDTH_BUFFER_BYTES)

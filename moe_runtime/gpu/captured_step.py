@@ -20,6 +20,7 @@ class Prompts(Protocol):
     """Runs prompts through all layers, filling the cache that the decode step goes on with."""
 
     chunk: int  # tokens that go through the layers at once
+    may_pad: bool  # whether tokens behind a prompt leave nothing that a later one could see
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
         """Run ids [N] int64 from position 0; yields each chunk's residual, one row a token."""

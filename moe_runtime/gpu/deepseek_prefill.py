@@ -47,6 +47,8 @@ _LEAST_SUM = 1e-20  # added to the sum of a token's weights
 class DeepseekPrefill:
     """Runs prompts; shares weights, cache and rope tables with the decode step."""
 
+    may_pad = True
+
     def __init__(
         self,
         config: DeepseekConfig,

@@ -164,9 +164,8 @@ class DeepseekStep(CapturedStep):
         position = self.state.position
         norms = w.indexer.norm, w.indexer.norm_bias
         index_rows(i.raw_query, i.raw_key, *norms, self.rope, position, keys, i.query)
-        return index_choose(
-            i.query, i.head_weights, keys, position, i.scores, i.chosen, cut=i.cut
-        )[0]
+        weights, scores = i.head_weights, i.scores
+        return index_choose(i.query, weights, keys, position, scores, i.chosen, cut=i.cut)[0]
 
     def _mix(self, w: LayerWeights, mixtures: Sequence[Mixture]) -> None:
         c, e = self.config, self._experts

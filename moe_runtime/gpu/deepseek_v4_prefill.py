@@ -45,6 +45,8 @@ _LEAST_SUM = 1e-20  # added to the sum of a token's scores
 class DeepseekV4Prefill:
     """Runs prompts; shares weights, cache and rope tables with the decode step."""
 
+    may_pad = False  # compressors' states are of the last token
+
     def __init__(
         self,
         config: DeepseekV4Config,

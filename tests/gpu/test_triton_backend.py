@@ -107,3 +107,17 @@ def test_nothing_compiles_after_load(demo, monkeypatch):
     triton_model.generate(PROMPT, max_new_tokens=3, top_k=5, top_p=0.9, min_p=0.01, logprobs=3)
     triton_model.logits([5] * 40)
     assert missing == []
+
+
+def test_a_captured_prompt_leaves_the_same_bits(demo):
+    """Of each padded length the first prompt is launched, the second captured, others replayed."""
+    _, triton_model = demo
+    for length in (3, 20, 100, 300):
+        ids = torch.randint(0, 256, (length,), generator=torch.Generator().manual_seed(length))
+        found = [triton_model.logits(ids.tolist()) for _ in range(4)]
+        assert all(torch.equal(found[0], other) for other in found[1:])
+        other = triton_model.logits(ids.flip(0).tolist())
+        assert not torch.equal(other, found[0])
+        assert torch.equal(triton_model.logits(ids.flip(0).tolist()), other)
+    captured = triton_model.open_backend._prefill._captured
+    assert {4, 32, 128, 384} <= set(captured)

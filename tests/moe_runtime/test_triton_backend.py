@@ -66,6 +66,15 @@ def test_decode_draws_the_same_tokens(pair, sampling):
         assert [i for i, _ in ours.top_logprobs] == [i for i, _ in expected.top_logprobs]
 
 
+def test_decoding_goes_on_behind_the_prompt_and_not_behind_its_padding(pair):
+    """17 tokens are padded to 32: more than a window of rows that decoding must not see."""
+    prompt = [(7 * i + 3) % 40 for i in range(17)]
+    ours, expected = (list(b.decode(prompt, GREEDY, max_new_tokens=4)) for b in pair)
+    assert [t.token_id for t in ours] == [t.token_id for t in expected]
+    for one, other in zip(ours, expected, strict=True):
+        assert one.logprob == pytest.approx(other.logprob, abs=5e-3)
+
+
 def test_a_closed_iterator_leaves_the_backend_usable(pair):
     _, triton = pair
     first = next(iter(triton.decode([1, 2, 3], GREEDY, max_new_tokens=2)))

@@ -1,0 +1,50 @@
+"""Short prompts are padded, and what padding leaves behind is never seen."""
+
+import pytest
+import torch
+
+from moe_runtime.gpu.captured_prompts import LENGTHS, CapturedPrompts, padded_length
+
+CPU = torch.device("cpu")
+
+
+class Recorded:
+    """Prompts that keep what they were given; the residual is the ids."""
+
+    chunk = 2048
+    may_pad = True
+
+    def __init__(self):
+        self.given = []
+
+    def run(self, token_ids):
+        self.given.append(token_ids.tolist())
+        yield token_ids[:, None].float()
+
+
+@pytest.mark.parametrize(
+    ("tokens", "most", "padded"),
+    [(1, 2048, 4), (4, 2048, 4), (5, 2048, 8), (512, 2048, 512), (513, 2048, None), (5, 7, None)],
+)
+def test_padded_length(tokens, most, padded):
+    assert padded_length(tokens, most) == padded
+
+
+def test_few_lengths_serve_all_short_prompts():
+    assert {padded_length(n, 2048) for n in range(1, 513)} == set(LENGTHS)
+
+
+def test_the_last_token_is_repeated_and_its_rows_are_dropped():
+    prompts = Recorded()
+    captured = CapturedPrompts(prompts, 4096, CPU)
+    (residual,) = captured.run(torch.tensor([7, 8, 9, 10, 11]))
+    assert prompts.given == [[7, 8, 9, 10, 11, 11, 11, 11]]
+    assert residual[:, 0].tolist() == [7, 8, 9, 10, 11]
+    (residual,) = captured.run(torch.arange(600))
+    assert prompts.given[1] == list(range(600)) and len(residual) == 600
+
+
+def test_a_context_without_room_for_padding():
+    prompts = Recorded()
+    (residual,) = CapturedPrompts(prompts, 5, CPU).run(torch.tensor([1, 2, 3, 4, 5]))
+    assert prompts.given == [[1, 2, 3, 4, 5]] and len(residual) == 5
