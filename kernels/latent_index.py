@@ -30,6 +30,7 @@ _HEADS_PER_PROGRAM = 8
 _CHOOSE_BLOCK = 16384  # scores that a program looks at at a time: 32 registers of a lane
 _CHOOSE_WARPS = 16
 _CHOOSE_RUN = 8  # scores in a row that a lane puts into their places
+_CHOOSE_CUT_BLOCK = 8192  # the same with a cut, which leaves fewer
 _CUT_BLOCK = 1024  # scores of one of the programs that leave out what cannot be chosen
 
 
@@ -339,16 +340,21 @@ def _choose_rows_kernel(
         for s0 in range(0, length, BLOCK):
             tl.store(chosen_ptr + s0 + one, s0 + one, mask=s0 + one < length)
     else:
-        first = _scores_at(scores_ptr, one, length)
         last = length
-        if kept_ptr is not None:  # noqa: SIM102 - known when it is compiled
+        if kept_ptr is None:
+            first = _scores_at(scores_ptr, one, length)
+        else:
+            # What is left of the cut, if no part had more than it has room for; else all scores.
+            most = room + 1
             if length > BLOCK:
                 part = tl.arange(0, MOST_PARTS)
                 most = tl.max(tl.load(counts_ptr + part, mask=part < parts, other=0))
-                if most <= room:  # else some may be missing: all are looked at
-                    kept = tl.load(kept_ptr + one, mask=one < parts * room, other=0)
-                    first = kept.to(tl.uint32, bitcast=True)
-                    last = BLOCK
+            if most <= room:
+                kept = tl.load(kept_ptr + one, mask=one < parts * room, other=0)
+                first = kept.to(tl.uint32, bitcast=True)
+                last = BLOCK
+            else:
+                first = _scores_at(scores_ptr, one, length)
         # The C-th highest score, or a number between it and the next, if just C are not below.
         edge = _highest_edge(first, scores_ptr, last, length, C, C, BLOCK)
         above = tl.sum((first > edge).to(tl.int32))
@@ -433,12 +439,14 @@ def index_choose(
     )
     parts = room = 0
     counts = kept = None
+    block = _CHOOSE_BLOCK
     if cut is not None:
+        block = _CHOOSE_CUT_BLOCK
         parts = triton.cdiv(columns, _CUT_BLOCK)
-        room = _CHOOSE_BLOCK // parts
+        room = block // parts
         edges, counts, kept = cut.split((parts, parts, parts * room))
         assert parts <= _CUT_BLOCK
-        sizes = {"R": ratio, "BLOCK": _CUT_BLOCK, "FROM": max(_CHOOSE_BLOCK, count)}
+        sizes = {"R": ratio, "BLOCK": _CUT_BLOCK, "FROM": max(block, count)}
         options = sizes | {"num_warps": 4} | early_start(query)
         _edges_kernel[(parts,)](scores, position, edges, None, C=count, **options)
         _keep_kernel[(parts,)](scores, position, edges, counts, kept, room, None, **options)
@@ -454,7 +462,7 @@ def index_choose(
         None,
         C=count,
         R=ratio,
-        BLOCK=_CHOOSE_BLOCK,
+        BLOCK=block,
         MOST_PARTS=_CUT_BLOCK,
         LANES=32 * _CHOOSE_WARPS,
         RUN=_CHOOSE_RUN,
@@ -469,5 +477,5 @@ def cut_scratch(columns: int, device: torch.device) -> Tensor | None:
     if columns <= _CHOOSE_BLOCK:
         return None
     parts = triton.cdiv(columns, _CUT_BLOCK)
-    size = 2 * parts + _CHOOSE_BLOCK // parts * parts
+    size = 2 * parts + _CHOOSE_CUT_BLOCK // parts * parts
     return torch.empty(size, dtype=torch.int32, device=device)

@@ -83,7 +83,8 @@ def test_scores_of_either_sign_and_blocks(monkeypatch):
 @pytest.fixture
 def small_blocks(monkeypatch):
     """13 programs of up to 32 scores leave out what cannot be chosen, a part has room for 9."""
-    monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 128)
+    monkeypatch.setattr(kernel, "_CHOOSE_BLOCK", 256)
+    monkeypatch.setattr(kernel, "_CHOOSE_CUT_BLOCK", 128)
     monkeypatch.setattr(kernel, "_CUT_BLOCK", 32)
     monkeypatch.setattr(kernel, "_CHOOSE_WARPS", 1)
 

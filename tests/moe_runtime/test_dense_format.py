@@ -156,16 +156,17 @@ def test_decode_and_a_wrong_scale(pair, monkeypatch):
 @pytest.mark.parametrize("name", ["qkv", "out"])
 def test_products_of_prefill_and_a_wrong_scale(pair, name):
     _, triton = pair
-    layer = triton._prefill.weights.layers[1]
+    prompts = triton._prefill._prompts
+    layer = prompts.weights.layers[1]
     weight, bias = getattr(layer, name), getattr(layer, f"{name}_bias")
     x = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0))
     rows = [gemv_twin(row, weight, torch.empty(weight.shape[0]), bias=bias) for row in x]
     expected = torch.stack(rows)
-    assert_close(triton._prefill._project(x, weight, bias), expected, "gemv")
+    assert_close(prompts._project(x, weight, bias), expected, "gemv")
     scales = weight.scales.clone()
     scales[3] *= 1.01
     with pytest.raises(AssertionError, match="gemv"):
-        wrong = triton._prefill._project(x, replace(weight, scales=scales), bias)
+        wrong = prompts._project(x, replace(weight, scales=scales), bias)
         assert_close(wrong, expected, "gemv")
 
 
