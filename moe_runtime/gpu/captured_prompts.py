@@ -8,6 +8,7 @@ padded, captured or not: a prompt always runs the same kernels and leaves the sa
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +31,8 @@ class _Captured:
 class CapturedPrompts:
     """Prompts of which the second of about the same length is captured, and replayed from then on.
 
-    Where memory for that is short, prompts go on being launched kernel by kernel.
+    Where memory for that is short, prompts go on being launched kernel by kernel; a RuntimeWarning
+    says so once.
     """
 
     may_pad = True
@@ -42,6 +44,7 @@ class CapturedPrompts:
         self._ids = torch.zeros(LENGTHS[-1], dtype=torch.int64, device=device)
         self._needed: dict[int, int] = {}  # bytes that a padded length took when it ran first
         self._captured: dict[int, _Captured] = {}
+        self._warned = False
         self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def run(self, token_ids: Tensor) -> Iterator[Tensor]:
@@ -90,7 +93,17 @@ class CapturedPrompts:
         if padded not in self._needed:
             return False
         free, _ = torch.cuda.mem_get_info(self._ids.device)
-        return free > 2 * self._needed[padded] + _SPARE_BYTES
+        least = 2 * self._needed[padded] + _SPARE_BYTES
+        if free <= least and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"prompts of {padded} tokens are launched kernel by kernel, which is slower: "
+                f"{free >> 20} MB of the GPU's memory are free, a graph of them takes up to "
+                f"{least >> 20} MB; a smaller max_context leaves more",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return free > least
 
     def _capture(self, padded: int) -> None:
         torch.cuda.synchronize(self._ids.device)

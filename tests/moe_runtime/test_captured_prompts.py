@@ -1,5 +1,7 @@
 """Short prompts are padded, and what padding leaves behind is never seen."""
 
+import warnings
+
 import pytest
 import torch
 
@@ -48,3 +50,17 @@ def test_a_context_without_room_for_padding():
     prompts = Recorded()
     (residual,) = CapturedPrompts(prompts, 5, CPU).run(torch.tensor([1, 2, 3, 4, 5]))
     assert prompts.given == [[1, 2, 3, 4, 5]] and len(residual) == 5
+
+
+def test_too_little_memory_for_a_graph_is_said_once(monkeypatch):
+    captured = CapturedPrompts(Recorded(), 4096, CPU)
+    captured._needed[8] = 100 << 20
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (300 << 20, 80 << 30))
+    with pytest.warns(RuntimeWarning, match="300 MB .* are free, .* takes up to 456 MB"):
+        assert not captured._can_capture(8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not captured._can_capture(8)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (500 << 20, 80 << 30))
+        assert captured._can_capture(8)
+        assert not captured._can_capture(16)  # has not run yet
