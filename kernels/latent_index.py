@@ -218,10 +218,11 @@ def _not_below(scores, edge, shift):
 
 @triton.jit
 def _highest_edge(scores, more_ptr, last, count, least, enough, BLOCK: tl.constexpr):
-    """The highest number that `least` scores or more are not below, and how many are not; the
-    search ends where no more than `enough` are not. count: of all scores.
+    """The highest number that `least` scores or more are not below, or one that no more than
+    `enough` are not below, where the search ends.
 
     scores: [BLOCK]; more_ptr: where scores from BLOCK to last are read anew for each count
+    count:  of all scores
     """
     one = tl.arange(0, BLOCK)
     edge = tl.zeros((), tl.uint32)
@@ -277,7 +278,7 @@ def _keep_kernel(
     scores_ptr,  # [columns] fp32
     position_ptr,  # [1] int32
     edges_ptr,  # [P] int32: bits of a uint32
-    counts_ptr,  # [P] int32, written: how many it has kept, more than room if they have none
+    counts_ptr,  # [P] int32, written: how many may be chosen; what has no room is lost
     kept_ptr,  # [P, room] int32, written: bits of ordered scores, then zeros
     room,
     trace_ptr,  # [programs, 3] int64 or None

@@ -11,7 +11,8 @@ words that it needs, and each word says whether it is complete:
 
 A word is used again in every layer, so nothing may be added for the next use while a program has
 yet to read it. Most often that follows from what depends on what. Where it does not, readers sign
-(a word of sums, one contribution each), and who adds next waits for all signatures first.
+(a word of sums, one contribution each), and who adds next waits for all signatures first; or layers
+use two sets of words in turn, of which programs clear the one that all have read.
 """
 
 from triton.experimental import gluon
@@ -158,7 +159,7 @@ def wait_for_all_to_sign(ptr, count):
     """One thread of the program waits until a word has `count` contributions since it was zero."""
     L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     i = gl.arange(0, 256, layout=L)
-    wait_for_sums_if(ptr + i * 0, gl.full([256], 0, gl.int64, layout=L), count, i == 0)
+    wait_for_sums_if(ptr + i * 0, count, i == 0)
 
 
 @gluon.jit
@@ -192,13 +193,14 @@ def wait_for_two_sums(ptrs, ptrs2, old, old2, count):
 
 
 @gluon.jit
-def wait_for_sums_if(ptrs, old, count, mask):
-    """wait_for_sums by the threads of which mask is set; a word that all programs wait for should
-    be asked for by one thread of each."""
+def wait_for_sums_if(ptrs, count, mask):
+    """wait_for_sums of words that were zero, by the threads of which mask is set; a word that all
+    programs wait for should be asked for by one thread of each."""
+    counts = gl.zeros_like(ptrs.to(gl.int64)) + count
     return gl.inline_asm_elementwise(
         SUM_IF,
         "=&l,l,l,r",
-        [ptrs, old + count, mask.to(gl.int32)],
+        [ptrs, counts, mask.to(gl.int32)],
         dtype=gl.int64,
         is_pure=False,
         pack=1,

@@ -65,13 +65,10 @@ def choose(
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
     i = gl.arange(0, 256, layout=ALL)
-    zero = gl.zeros([256], gl.int64, layout=ALL)
-    words = wait_for_sums_if(
-        sums + gl.minimum(i, S.experts - 1), zero, S.router_programs, i < S.experts
-    )
+    words = wait_for_sums_if(sums + gl.minimum(i, S.experts - 1), S.router_programs, i < S.experts)
     part = gl.minimum(gl.maximum(i - 128, 0), S.router_programs - 1)
     found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
-    shared.store(gl.where(i < 128, sum_of(words, zero), found))
+    shared.store(gl.where(i < 128, sum_of(words, gl.zeros_like(words)), found))
     wait_for_warps()
     stamp(trace, layer, ROUTER, READY, duty(gl.program_id(0), S) >= S.router_programs, S)
     p = gl.arange(0, 32, layout=PARTS)

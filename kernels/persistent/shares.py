@@ -85,18 +85,15 @@ def turn_words(S: gl.constexpr, E2: gl.constexpr):
 @gluon.jit
 def sum_words(S: gl.constexpr, E2: gl.constexpr):
     """Words of one set of sums."""
-    return (
-        (S.out_blocks + S.qkv_blocks) * 128
-        + 2 * turn_words(S, E2)
-        + 2
-        + S.layers * S.gate_up_columns
-    )
+    in_turn = 2 * turn_words(S, E2)
+    return (S.out_blocks + S.qkv_blocks) * 128 + in_turn + 2 + S.layers * S.gate_up_columns
 
 
 @gluon.jit
 def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
     """Sums of a launch: residual, qkv, those of gate_up and of the router for layers with an even
-    number (turn_words further for the others), signatures of readers of the residual.
+    number (turn_words further for the others), two of signatures of the residual's readers. Behind
+    these stands for each layer and column of gate_up how many of its tiles have been claimed.
 
     There are two sets: a launch uses one and clears the other.
     """

@@ -76,13 +76,13 @@ class CapturedPrompts:
         return self._prompts.warm_up_lengths()
 
     def _launch(self, padded: int) -> Tensor:
-        if self._pool is None:
+        if self._pool is None or padded in self._needed:
             return self._run_ids(padded)
         before = torch.cuda.memory_allocated(self._ids.device)
         torch.cuda.reset_peak_memory_stats(self._ids.device)
         residual = self._run_ids(padded)
         peak = torch.cuda.max_memory_allocated(self._ids.device)
-        self._needed.setdefault(padded, peak - before)
+        self._needed[padded] = peak - before
         return residual
 
     def _run_ids(self, padded: int) -> Tensor:
