@@ -5,9 +5,10 @@ tile is decoded to bf16 exactly, with the scales of groups in a row (kernels/wei
 Scales of 128x128 blocks multiply the fp32 sums of each step, scales of rows and of whole tensors
 the sums at the end.
 
-Experts in the tiles of the persistent step (kernels/persistent/pack.py) are read as they lie: one
-chunk of a tile is a step, its rows and columns stand in the order of the words. The columns of x
-are put into that order before (in_chunk_order), so that they are read in whole pieces.
+Experts in the tiles of the persistent step (kernels/persistent/pack.py) are read as they lie, 64
+columns of a tile in a step. With 4 bits these are a chunk, whose rows and columns stand in the
+order of the words: the columns of x are put into that order before (in_chunk_order), so that they
+are read in whole pieces.
 
 T tokens, D model width, F expert width, E experts, K experts per token; in the kernel N and K are
 the rows and columns of the weight, M a block of (token, slot) pairs.
@@ -21,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.moe_routing import Routing
-from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts
-from kernels.persistent.sizes import PIECE_CHUNKS, TILE_COLUMNS, TILE_ROWS
+from kernels.persistent.formats import TILE_COLUMNS, TILE_ROWS
+from kernels.persistent.pack import TiledExperts
 from kernels.swiglu import Swiglu, swiglu
 from kernels.weight_formats import (
     as_words,
@@ -32,10 +33,17 @@ from kernels.weight_formats import (
     scale_bytes,
     scales_of,
 )
-from kernels.weight_tiles import decode_chunk, decode_tile, load_chunk
+from kernels.weight_tiles import (
+    decode_chunk,
+    decode_tile,
+    load_chunk,
+    load_step,
+    row_factor,
+    step_factor,
+)
 from quant.tensor import QuantTensor
 
-CHUNK_COLUMNS = TILE_COLUMNS // PIECE_CHUNKS  # of a tile
+STEP_COLUMNS = 64  # of a tile: a chunk of 4 bits, two of 8
 
 
 @dataclass(frozen=True)
@@ -59,8 +67,8 @@ TILES = {
 # both halves of a layer take 398, 649 and 1,693 us, and 1,358 (128 tokens) and 2,399; blocks of 16
 # and 32 pairs, four warps, other numbers of stages were slower (docs/performance.md).
 TILES_OF_TILES = {
-    64: Tile(TILE_ROWS, CHUNK_COLUMNS, 8, 3),
-    128: Tile(TILE_ROWS, CHUNK_COLUMNS, 8, 2),
+    64: Tile(TILE_ROWS, STEP_COLUMNS, 8, 3),
+    128: Tile(TILE_ROWS, STEP_COLUMNS, 8, 2),
 }
 
 
@@ -94,7 +102,7 @@ def _moe_gemm_kernel(
     pairs,
     N: tl.constexpr,
     K: tl.constexpr,
-    X_STRIDE: tl.constexpr,  # from one row of x to the next: K, but for tiles whole chunks
+    X_STRIDE: tl.constexpr,  # from one row of x to the next: K, but whole chunks if IN_CHUNKS
     E: tl.constexpr,
     PAIRS_PER_ROW: tl.constexpr,  # pairs that share a row of x
     CODES: tl.constexpr,
@@ -106,7 +114,7 @@ def _moe_gemm_kernel(
     TILES_PER_EXPERT: tl.constexpr,
     FIRST_TILE: tl.constexpr,
     TILE_BYTES: tl.constexpr,
-    CHUNKS: tl.constexpr,  # of a tile
+    STEPS: tl.constexpr,  # of a tile
     OUT_STRIDE: tl.constexpr,
     SWIGLU: tl.constexpr,
     GATE_STEP: tl.constexpr,  # rows from one gate row to the next, and from a gate to its up row
@@ -120,9 +128,11 @@ def _moe_gemm_kernel(
 ):
     # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
     # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they scale its sum.
+    # fp32 scales in tiles are both: of 64 columns, which are a step, and of a row.
+    IN_CHUNKS: tl.constexpr = TILED and CODES == "e2m1"
     IN_TILE: tl.constexpr = SCALES != "none" and SCALE_COLUMNS < BLOCK_K
     GROUP: tl.constexpr = SCALE_COLUMNS if IN_TILE and SCALES != "fp32" else 0
-    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0
+    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0 and not TILED
     tl.static_assert(GROUP > 0 or PER_ROW or not IN_TILE, "blocks of fp32 scales within a step")
     PER_STEP: tl.constexpr = SCALES != "none" and GROUP == 0 and not PER_ROW
     block = tl.program_id(0)
@@ -135,36 +145,44 @@ def _moe_gemm_kernel(
         if SWIGLU:  # gate and up in turn; none for activations that there are not
             n = tl.where(n < N, n // 2 * GATE_STEP + n % 2 * TO_UP, N)
         row = expert * N + n
-        if TILED:
+        if IN_CHUNKS:
             n = tl.program_id(1) * BLOCK_N + chunk_rows(BLOCK_N)
             row = expert * N + n
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
+        first_tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
+        tile = first_tile
         chunk = tl.program_id(1) * 0
         x_rows = x_ptr + x_row[:, None] * X_STRIDE
-        if TILED:
-            words, first, second = load_chunk(weights_ptr + tile, chunk, BLOCK_N, CHUNKS)
+        if IN_CHUNKS:
+            words, first, second = load_chunk(weights_ptr + tile, chunk, SCALES, BLOCK_N, STEPS)
             k = tl.arange(0, BLOCK_K)
             x_next = tl.load(x_rows + k[None, :], mask=working[:, None], other=0.0)
         for k0 in range(0, K, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K)
             inside = working[:, None] & (k < K)[None, :]
-            if TILED:
+            if IN_CHUNKS:
                 # Loads of the next chunk are under way while this one is decoded and multiplied.
                 # Behind a tile's last one comes the same rows' tile of the next columns.
-                is_last = chunk == CHUNKS - 1
+                is_last = chunk == STEPS - 1
                 tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
                 next_chunk = tl.where(is_last, 0, chunk + 1)
                 more = k0 + BLOCK_K < K  # else any tile
                 next_words, next_first, next_second = load_chunk(
-                    weights_ptr + tl.where(more, tile, 0), next_chunk, BLOCK_N, CHUNKS
+                    weights_ptr + tl.where(more, tile, 0), next_chunk, SCALES, BLOCK_N, STEPS
                 )
                 x = x_next
                 x_next = tl.load(
                     x_rows + (k + BLOCK_K)[None, :], mask=working[:, None] & more, other=0.0
                 )
-                w = decode_chunk(words, first, second, chunk, x.dtype, BLOCK_N, CHUNKS)
+                w = decode_chunk(words, first, second, chunk, x.dtype, SCALES, BLOCK_N, STEPS)
                 words, first, second, chunk = next_words, next_first, next_second, next_chunk
+            elif TILED:
+                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+                step = k0 // BLOCK_K
+                down: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+                tile = first_tile + step // STEPS * (down * TILE_BYTES)
+                words, stored = load_step(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
+                w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
             elif CODES == "bf16":
                 x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
                 w = tl.load(
@@ -191,23 +209,29 @@ def _moe_gemm_kernel(
                 w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
             if PER_STEP:
                 part = tl.dot(x, tl.trans(w), input_precision="ieee")
-                across = (K + SCALE_COLUMNS - 1) // SCALE_COLUMNS
-                place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS * across + k0 // SCALE_COLUMNS
-                scale = tl.load(scales_ptr + place, mask=n < N, other=0)
-                acc += part * decode_scale(scale, SCALES)[None, :]
+                if TILED:
+                    acc += part * step_factor(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
+                else:
+                    across = (K + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+                    place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS * across
+                    scale = tl.load(scales_ptr + place + k0 // SCALE_COLUMNS, mask=n < N, other=0)
+                    acc += part * decode_scale(scale, SCALES)[None, :]
             else:
                 acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
         if PER_ROW:
             place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS
             scale = tl.load(scales_ptr + place, mask=n < N, other=0)
             acc *= decode_scale(scale, SCALES)[None, :]
+        if TILED and SCALES != "e8m0":
+            in_tile = n - tl.program_id(1) * BLOCK_N
+            acc *= row_factor(weights_ptr + first_tile, in_tile, SCALES, BLOCK_N, STEPS)[None, :]
         if tensor_scale_ptr is not None:
             acc *= tl.load(tensor_scale_ptr)
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
         if SWIGLU:
             f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            if TILED:
+            if IN_CHUNKS:
                 # Pairs of rows r and r + 8 stand side by side: gate and up are two apart.
                 acc = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_N // 4, 2, 2)), (0, 1, 3, 2))
                 i = tl.arange(0, BLOCK_N // 2)
@@ -215,7 +239,7 @@ def _moe_gemm_kernel(
             gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
             hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
             inside = working[:, None] & (f < N // 2)[None, :]
-            if TILED:  # what it is multiplied with stands in tiles too
+            if IN_CHUNKS:  # what it is multiplied with stands in tiles too
                 f = place_in_chunks(f)
             out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + f[None, :]
             tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
@@ -269,7 +293,7 @@ def moe_gemm_gate_up(
     routing:     of these tokens
     activation:  also says how gate and up rows stand
     returns      [T * K, F] of x's dtype, row token * K + slot, as moe_gemm_down takes it: for tiles
-                 in_chunk_order
+                 of 4 bits in_chunk_order
 
     4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
     """
@@ -277,9 +301,9 @@ def moe_gemm_gate_up(
     width = gate_up.shape[1] // 2
     top_k = routing.expert_weights.shape[1]
     out = x_TD.new_empty((tokens * top_k, width))
-    if isinstance(gate_up, TiledExperts):
+    if isinstance(gate_up, TiledExperts) and gate_up.facts.bits == 4:
         x_TD = in_chunk_order(x_TD)
-        padded = triton.cdiv(width, CHUNK_COLUMNS) * CHUNK_COLUMNS
+        padded = triton.cdiv(width, STEP_COLUMNS) * STEP_COLUMNS
         if padded != width:
             out = x_TD.new_zeros((tokens * top_k, padded))
     _launch(x_TD, gate_up, bias, routing, out, top_k, activation)
@@ -291,7 +315,7 @@ def moe_gemm_down(
 ) -> Tensor:
     """Second half: each pair's output times its weight; add_expert_outputs sums over K.
 
-    hidden:   [T * K, F] of moe_gemm_gate_up; for tiles in_chunk_order
+    hidden:   [T * K, F] of moe_gemm_gate_up; for tiles of 4 bits in_chunk_order
     down:     [E, D, F] in any format, or in tiles
     bias:     [E, D] or None
     returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
@@ -304,11 +328,11 @@ def moe_gemm_down(
 
 
 def in_chunk_order(x: Tensor) -> Tensor:
-    """Columns of [.., K] as chunks of tiles hold them, with zeros up to a whole chunk.
+    """Columns of [.., K] as chunks of 4 bits hold them, with zeros up to a whole chunk.
 
     Of each 64 columns, column 16 q + 4 c + e comes to place 16 c + 4 q + e.
     """
-    missing = -x.shape[-1] % CHUNK_COLUMNS
+    missing = -x.shape[-1] % STEP_COLUMNS
     if missing:
         x = torch.nn.functional.pad(x, (0, missing))
     return x.unflatten(-1, (-1, 4, 4, 4)).transpose(-3, -2).flatten(-4)
@@ -347,10 +371,12 @@ def _launch(
     if isinstance(weight, TiledExperts):
         assert activation is None or (step, to_up) == (2, 1), activation
         values, scales, tensor_scale = weight.tiles, None, None
+        facts = weight.facts
         formats = {
-            "CODES": "e2m1", "SCALES": "e8m0", "SCALE_ROWS": 1, "SCALE_COLUMNS": 32,
-            "SCALES_PER_EXPERT": 0, "TILED": True, "TILES_PER_EXPERT": weight.tiles.shape[1],
-            "FIRST_TILE": weight.first_tile,
+            "CODES": codes_of(weight.format).name, "SCALES": facts.scales, "SCALE_ROWS": 1,
+            "SCALE_COLUMNS": facts.scale_columns, "SCALES_PER_EXPERT": 0, "TILED": True,
+            "TILES_PER_EXPERT": weight.tiles.shape[1], "FIRST_TILE": weight.first_tile,
+            "TILE_BYTES": facts.bytes,
         }  # fmt: skip
     else:
         codes = codes_of(weight.format).name
@@ -362,6 +388,7 @@ def _launch(
             "CODES": codes, "SCALES": scales_of(weight.format), "SCALE_ROWS": scale_rows,
             "SCALE_COLUMNS": scale_columns, "TILED": False, "TILES_PER_EXPERT": 0, "FIRST_TILE": 0,
             "SCALES_PER_EXPERT": 0 if weight.scales is None else weight.scales[0].numel(),
+            "TILE_BYTES": 0,
         }  # fmt: skip
     _moe_gemm_kernel[(blocks, triton.cdiv(rows, tile.block_n))](
         x,
@@ -380,8 +407,7 @@ def _launch(
         E=experts,
         PAIRS_PER_ROW=pairs_per_row,
         **formats,
-        TILE_BYTES=EXPERT_TILE_BYTES,
-        CHUNKS=PIECE_CHUNKS,
+        STEPS=TILE_COLUMNS // STEP_COLUMNS,
         OUT_STRIDE=out.shape[1],
         SWIGLU=activation is not None,
         GATE_STEP=step,

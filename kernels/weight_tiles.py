@@ -70,39 +70,49 @@ fma.rn.bf16x2 $3, $3, t, u; fma.rn.bf16x2 $3, $3, $6, u;
 
 
 @triton.jit
-def load_chunk(tile_ptr, chunk, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
-    """Words of codes of one chunk of a tile of bytes, [ROWS / 2, 16], and words in which the scales
-    of its two groups are, [ROWS / 2, 2] of rows r and of rows r + 8."""
+def load_chunk(tile_ptr, chunk, SCALES: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+    """Words of codes of one chunk of a tile of 4 bits, [ROWS / 2, 16], and words in which the
+    scales of its two groups or of their halves are, [ROWS / 2, 2] of rows r and of rows r + 8."""
     pair = tl.arange(0, ROWS // 2)
     words_ptr = tile_ptr.to(tl.pointer_type(tl.int32))
     words = tl.load(words_ptr + chunk * (ROWS * 8) + pair[:, None] * 16 + tl.arange(0, 16)[None, :])
     # Scales are bytes of words [words, rows]. A chunk's two groups are in two words, those of the
-    # last chunk in one.
+    # last chunk in one; of halves of groups first and second ones are always in two.
     group = tl.arange(0, 2)
-    word = tl.where(chunk == CHUNKS - 1, 2, group)
+    in_halves: tl.constexpr = SCALES == "e4m3"
+    word = chunk // 2 * 2 + group if in_halves else tl.where(chunk == CHUNKS - 1, 2, group)
     row = pair // 8 * 16 + pair % 8
     scales = words_ptr + CHUNKS * ROWS * 8 + word[None, :] * ROWS
     return words, tl.load(scales + row[:, None]), tl.load(scales + (row + 8)[:, None])
 
 
 @triton.jit
-def decode_chunk(words, first, second, chunk, dtype, ROWS: tl.constexpr, CHUNKS: tl.constexpr):
+def decode_chunk(
+    words, first, second, chunk, dtype, SCALES: tl.constexpr, ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+):  # fmt: skip
     """Weights [ROWS, 64] of what load_chunk has found, in the order of its words.
 
     Row 2 i + j is row 16 (i // 8) + i % 8 + 8 j, column 16 c + 4 q + e is column 16 q + 4 c + e.
     """
     group = tl.arange(0, 2)
-    shift = tl.where(chunk == CHUNKS - 1, group * 8, group * 0 + chunk * 8)[None, :]
-    first = (first >> shift) & 0xFF
-    second = (second >> shift) & 0xFF
+    if SCALES == "e4m3":  # [ROWS / 2, groups, halves]
+        shift = ((chunk % 2) * 16 + group * 8)[None, :, None]
+        first = (first[:, None, :] >> shift) & 0xFF
+        second = (second[:, None, :] >> shift) & 0xFF
+    else:  # [ROWS / 2, groups]
+        shift = tl.where(chunk == CHUNKS - 1, group * 8, group * 0 + chunk * 8)[None, :]
+        first = (first >> shift) & 0xFF
+        second = (second >> shift) & 0xFF
+    HALVES: tl.constexpr = 2 if SCALES == "e4m3" else 1
     if _INTERPRETED:  # PTX does not run there; the same numbers by plain arithmetic
         bits = words.to(tl.uint32, bitcast=True)[:, :, None] >> (tl.arange(0, 4) * 8)[None, None, :]
         code = bits.to(tl.int32)
         a = ((code & 0x80) << 24) | ((code & 0x1C) << 20)
         b = ((code & 0x20) << 26) | ((code & 0x40) << 18) | ((code & 3) << 22)
         both = tl.join(a, b).to(tl.float32, bitcast=True) * 2.0**126  # [pairs, words, e, 2]
-        scale = tl.join(decode_scale(first, "e8m0"), decode_scale(second, "e8m0"))
-        scale = tl.reshape(scale, (ROWS // 2, 1, 2, 1, 1, 2))
+        scale = tl.join(_tile_scale(first, SCALES), _tile_scale(second, SCALES))
+        scale = tl.reshape(scale, (ROWS // 2, 1, 2, HALVES, 1, 2))
         both = tl.reshape(both, (ROWS // 2, 4, 2, 2, 4, 2)) * scale
         both = tl.permute(tl.reshape(both, (ROWS // 2, 64, 2)), (0, 2, 1))
         return tl.reshape(both, (ROWS, 64)).to(dtype)
@@ -110,7 +120,7 @@ def decode_chunk(words, first, second, chunk, dtype, ROWS: tl.constexpr, CHUNKS:
         w0, w1, w2, w3 = tl.inline_asm_elementwise(
             _CHUNK_PTX,
             "=&r,=&r,=&r,=&r,r,r,r",
-            [words, _for_words(first, ROWS // 2), _for_words(second, ROWS // 2)],
+            [words, _for_words(first, SCALES, ROWS // 2), _for_words(second, SCALES, ROWS // 2)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -123,10 +133,59 @@ def decode_chunk(words, first, second, chunk, dtype, ROWS: tl.constexpr, CHUNKS:
 
 
 @triton.jit
-def _for_words(stored, PAIRS: tl.constexpr):
-    """Scales [PAIRS, 2] of a chunk's groups as bf16 pairs [PAIRS, 16] of its words."""
-    pair = tl.reshape(_scale_pairs(stored, "e8m0"), (PAIRS, 1, 2, 1))
+def _for_words(stored, SCALES: tl.constexpr, PAIRS: tl.constexpr):
+    """Scales of a chunk's groups or of their halves as bf16 pairs [PAIRS, 16] of its words."""
+    if SCALES == "e4m3":
+        half = (stored << 4) + (104 << 7)
+        pair = tl.reshape(half | (half << 16), (PAIRS, 1, 2, 2))
+    else:
+        pair = tl.reshape(_scale_pairs(stored, SCALES), (PAIRS, 1, 2, 1))
     return tl.reshape(tl.broadcast_to(pair, (PAIRS, 4, 2, 2)), (PAIRS, 16))
+
+
+@triton.jit
+def _tile_scale(stored, SCALES: tl.constexpr):
+    """fp32 scales of bytes in a tile's words: E8M0, or E4M3 with five bits of exponent."""
+    if SCALES == "e4m3":
+        return ((stored << 20) + (104 << 23)).to(tl.float32, bitcast=True)
+    else:
+        return decode_scale(stored, SCALES)
+
+
+@triton.jit
+def load_step(tile_ptr, step, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """Words of codes of 64 columns of a tile of 8 bits, [ROWS, 8] in order, and the scales of their
+    two groups as E8M0 bytes, [ROWS, 2], if the tile has such."""
+    row = tl.arange(0, ROWS)[:, None]
+    word = tl.arange(0, 8)[None, :]
+    place = (step * 2 + word // 4) * (ROWS * 4) + row * 4 + word % 4
+    words = tl.load(tile_ptr.to(tl.pointer_type(tl.int64)) + place)
+    # A row of a chunk is two times two words; exchanged where bit 2 of the row is set.
+    halves = tl.permute(tl.reshape(words, (ROWS, 2, 2, 2)), (0, 1, 3, 2))
+    one, other = tl.split(halves)
+    swapped = (row // 4 % 2 == 1)[:, :, None]
+    halves = tl.join(tl.where(swapped, other, one), tl.where(swapped, one, other))
+    words = tl.reshape(tl.permute(halves, (0, 1, 3, 2)), (ROWS, 8))
+    group = tl.arange(0, 2)
+    is_last = step == STEPS - 1
+    byte = tl.where(is_last, 2 * ROWS * 4 + group, group * (ROWS * 4) + step)
+    scales_ptr = tile_ptr + STEPS * 64 * ROWS
+    return words, tl.load(scales_ptr + row * 4 + byte[None, :])
+
+
+@triton.jit
+def step_factor(tile_ptr, step, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """The fp32 scale of 64 columns of a tile of 8 bits."""
+    return tl.load((tile_ptr + (STEPS * 64 + 4) * ROWS).to(tl.pointer_type(tl.float32)) + step)
+
+
+@triton.jit
+def row_factor(tile_ptr, row, SCALES: tl.constexpr, ROWS: tl.constexpr, STEPS: tl.constexpr):
+    """The fp32 scales of a tile's rows: its first word of 8 bits, its last of 4."""
+    at = STEPS * 64 * ROWS
+    if SCALES == "e4m3":
+        at = STEPS * 32 * ROWS + 6 * 4 * ROWS
+    return tl.load((tile_ptr + at).to(tl.pointer_type(tl.float32)) + row)
 
 
 @triton.jit

@@ -17,7 +17,8 @@ from torch import Tensor
 from kernels.gemv import embedding, gemv
 from kernels.moe_gemv import moe_down, moe_gate_up
 from kernels.packed_vector import activation_scale, packed_vectors
-from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, tiles_of
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.pack import TiledExperts, tiles_of
 from kernels.router_topk import router_topk
 from kernels.sampling import sample
 from kernels.sink_attention_decode import SPLITS, head_group, sink_attention_decode
@@ -102,13 +103,16 @@ class ModelWeights:
 def zero_weights(
     config: ModelConfig,
     device: torch.device,
-    expert_formats: tuple[QuantFormat, QuantFormat] | None = (MXFP4, MXFP4),
+    expert_formats: tuple[QuantFormat, QuantFormat] = (MXFP4, MXFP4),
     dense_format: QuantFormat | None = None,
+    *,
+    tiled: bool = False,
 ) -> ModelWeights:
     """Weights of zeros of one layer, used for all: to run kernels before the real ones are read.
 
-    expert_formats: of gate_up and of down; None: in tiles
+    expert_formats: of gate_up and of down
     dense_format:   of what moe_runtime/dense_format.py packs; None: bf16
+    tiled:          whether experts are in tiles
     A router of zeros takes the first K experts, so no others are allocated.
     """
     c = config
@@ -132,13 +136,15 @@ def zero_weights(
         tiles_of(rows, columns)
         for rows, columns in ((2 * c.expert_width, c.model_width), (c.model_width, c.expert_width))
     ]
-    shape = (c.experts_per_token, sum(half_tiles), EXPERT_TILE_BYTES)
-    tiles = torch.zeros(shape if expert_formats is None else 0, dtype=torch.uint8, device=device)
+    tiles = torch.zeros(0, dtype=torch.uint8, device=device)
+    if tiled:
+        tile_bytes = EXPERT_TILES[expert_formats[0].name].bytes
+        tiles = tiles.new_zeros((c.experts_per_token, sum(half_tiles), tile_bytes))
 
     def experts(half: int, rows: int, columns: int) -> QuantTensor | TiledExperts:
-        if expert_formats is None:
-            return TiledExperts(tiles, half * half_tiles[0], (c.num_experts, rows, columns))
         format = expert_formats[half]
+        if tiled:
+            return TiledExperts(tiles, half * half_tiles[0], (c.num_experts, rows, columns), format)
         shape = (c.experts_per_token, rows, columns)
         packed = (*shape[:2], columns // format.values_per_byte)
         values = torch.zeros(packed, dtype=format.value_dtype, device=device)

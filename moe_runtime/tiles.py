@@ -5,13 +5,15 @@ Needs no GPU and no Triton: `plan` asks for GPUs that are not here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-from kernels.persistent.pack import EXPERT_TILE_BYTES, tiles_of
-from kernels.persistent.sizes import TILE_COLUMNS, TILE_ROWS
+from kernels.persistent.formats import EXPERT_TILES, TILE_COLUMNS, TILE_ROWS
+from kernels.persistent.pack import tiles_of
+from loaders.logical_schemes import scale_shape
 from moe_runtime.config import ModelConfig
 from moe_runtime.plan import MoreBytes
-from quant.formats import MXFP4, QuantFormat
+from quant.formats import QuantFormat
 
 HOPPER = (9, 0)  # whose tensor core and copy instructions the kernel uses
 EXPERTS_AT_ONCE = 8  # packed in one go: bounds the memory that takes
@@ -25,8 +27,12 @@ def why_not_tiled(
     formats: of gate_up and down, each pair that there is
     """
     c = config
-    if tuple(formats) != ((MXFP4, MXFP4),):
-        return "its experts are not in MXFP4"
+    kinds = {format for pair in formats for format in pair}
+    if len(kinds) != 1:
+        return "its experts are in several formats"
+    (format,) = kinds
+    if format is None or format.name not in EXPERT_TILES:
+        return f"its experts are in {format.name if format else 'floats'}"
     if c.head_width != 64 or c.num_heads // c.num_kv_heads > 14 or c.experts_per_token != 4:
         return "it is for heads of 64 numbers, up to 14 of them to a kv head, and 4 experts a token"
     if not c.swiglu_limit > 0:
@@ -36,8 +42,17 @@ def why_not_tiled(
     return None
 
 
-def more_bytes(config: ModelConfig, *, fp8: bool) -> MoreBytes:
-    """What tiles take beside the weights as stored.
+def tiled_format(
+    formats: Iterable[tuple[QuantFormat | None, QuantFormat | None]],
+) -> QuantFormat:
+    """The experts' format, where why_not_tiled has nothing against it."""
+    ((format, _),) = formats
+    assert format is not None
+    return format
+
+
+def more_bytes(config: ModelConfig, format: QuantFormat, *, fp8: bool) -> MoreBytes:
+    """What tiles take beside the weights as stored, the experts' being in `format`.
 
     Dense weights stand in rows for prompts and in tiles for the step, in FP8 or bf16. Experts stand
     in tiles only, which are padded; while a layer's are packed it is there a second time, and a few
@@ -54,9 +69,12 @@ def more_bytes(config: ModelConfig, *, fp8: bool) -> MoreBytes:
         for name, (rows, columns) in shapes.items()
     }
     dense = c.num_layers * (each["qkv"] + each["out"]) + each["head"]
-    codes = 3 * c.expert_width * c.model_width // 2  # of an expert
-    stored = codes * 17 // 16  # with its scales
-    padded = sum(expert_half_tiles(c)) * EXPERT_TILE_BYTES
+    halves = (2 * c.expert_width, c.model_width), (c.model_width, c.expert_width)
+    codes = 3 * c.expert_width * c.model_width * format.value_bits // 8  # of an expert
+    scales = sum(math.prod(scale_shape(format, half)) for half in halves)
+    assert format.scale_dtype is not None
+    stored = codes + scales * format.scale_dtype.itemsize
+    padded = sum(expert_half_tiles(c)) * EXPERT_TILES[format.name].bytes
     packing = c.num_experts * stored + 12 * EXPERTS_AT_ONCE * codes
     return MoreBytes(dense + c.num_layers * c.num_experts * (padded - stored), packing)
 

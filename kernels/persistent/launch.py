@@ -11,15 +11,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch_trace import traced_parts
-from kernels.persistent.sizes import (
-    DRAW_WORDS,
-    PHASES,
-    ROUTER_COLUMNS,
-    ROW_BYTES,
-    TILE_ROWS,
-    StepSizes,
-    cdiv,
-)
+from kernels.persistent.formats import ROW_BYTES, TILE_ROWS
+from kernels.persistent.sizes import DRAW_WORDS, PHASES, ROUTER_COLUMNS, StepSizes, cdiv
 from kernels.persistent.step import step_kernel
 from kernels.sampling import SamplingState
 
@@ -118,10 +111,10 @@ def copied(memory: Tensor, height: int) -> TensorDescriptor:
     return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], layout)
 
 
-def descriptors(weights: StepWeights) -> tuple[TensorDescriptor, ...]:
+def descriptors(sizes: StepSizes, weights: StepWeights) -> tuple[TensorDescriptor, ...]:
     """What the copy engine reads."""
     dense = (copied(weights.dense, height) for height in (128, 32))
-    return (*dense, *(copied(weights.experts, height) for height in (64, 16, 8)))
+    return (*dense, *(copied(weights.experts, height) for height in sizes.tiles.boxes))
 
 
 def launch(
@@ -173,7 +166,7 @@ def compile_step(sizes: StepSizes, device: torch.device) -> None:
         history=int32, logprobs=fp32, threshold=fp32, partial=fp32, partial_token=int32,
     )  # fmt: skip
     tensors = arguments(weights, buffers, state, (fp32, fp32), bf16, int64, fp32)
-    descs = descriptors(weights)
+    descs = descriptors(sizes, weights)
     step_kernel.warmup(*tensors, *descs, None, 0, grid=(sizes.programs,), **_options(sizes))
 
 

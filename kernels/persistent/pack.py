@@ -3,15 +3,24 @@
     dense    128 rows x 320 columns: chunks of 128 rows x 32 bytes (32 columns in FP8, 16 in bf16),
              a row's two halves of 16 bytes exchanged where bit 2 of the row is set, as the tensor
              core reads them
-    experts  128 rows x 320 columns: 5 chunks of 128 rows x 64 columns in E2M1, then 3 x 128 words
-             of scales: groups 0, 2, 4, 6 of 32 columns, then 1, 3, 5, 7, then 8 and 9. Above these
-             two is the row's bias in bf16, zero but in the first column of tiles
+    experts  128 rows x 320 columns of codes (formats.py), then words of 32 bits of its rows,
+             [words, 128]. A row's bias in bf16 is the upper half of a word, zero but in the first
+             column of tiles
 
-A chunk of an expert is [8 warps, 8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds
-the codes s e e m of rows 16 w + r and 16 w + r + 8 in column 16 q + 4 c + e:
+E4M3 codes of experts stand as FP8 dense weights do. A chunk of E2M1 codes, 64 columns, is [8 warps,
+8 rows, 4, 4] words of 32 bits; byte e of word (w, r, c, q) holds the codes s e e m of rows 16 w + r
+and 16 w + r + 8 in column 16 q + 4 c + e:
 
     bit   7   6   5   4   3   2   1   0
           s   E   S   e   e   m   E   M     small: row r; capital: row r + 8 (S E E M)
+
+The words behind the codes, by what the scales are; bytes from the lowest:
+
+    e8m0   of 32 columns: groups 0 2 4 6 | 1 3 5 7 | 8 9 bias
+    e4m3   of 16 columns: 0 2 4 6 | 1 3 5 7 | 8 10 12 14 | 9 11 13 15 | 16 18 bias | 17 19 bias |
+           fp32 of the row (the tensor's). Scales have five bits of exponent (23 more) and three of
+           mantissa, so that none is subnormal
+    fp32   fp32 of the row | fp32 of 64 columns and all rows, in rows 0 to 4 | 0 0 bias
 """
 
 from __future__ import annotations
@@ -21,37 +30,47 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.persistent.sizes import (
-    CHUNK_BYTES,
-    PIECE_CHUNKS,
-    SCALE_WORDS,
+from kernels.persistent.formats import (
+    EXPERT_TILES,
     TILE_COLUMNS,
     TILE_ROWS,
-    cdiv,
+    ExpertTiles,
 )
+from kernels.persistent.sizes import cdiv
+from quant.e8m0 import decode_e8m0
+from quant.formats import QuantFormat
+from quant.tensor import QuantTensor
 
-_TILE_CODES = PIECE_CHUNKS * CHUNK_BYTES
-_GROUP_ORDER = [0, 2, 4, 6, 1, 3, 5, 7, 8, 9]  # of the scales of a row
-EXPERT_TILE_BYTES = _TILE_CODES + SCALE_WORDS * TILE_ROWS * 4
+# Scales of a row in the order of its bytes; -1: the bias, or nothing.
+_E8M0_ORDER = [0, 2, 4, 6, 1, 3, 5, 7, 8, 9, -1, -1]
+_E4M3_ORDER = [0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15, 16, 18, -1, -1, 17, 19, -1, -1]
+_BLOCK = 64  # columns of a tile that have one fp32 scale
 
 
 @dataclass(frozen=True)
 class TiledExperts:
     """One half of a layer's experts in tiles: of each expert gate_up's stand before down's.
 
-    tiles:       [E, tiles of both halves, EXPERT_TILE_BYTES] uint8
+    tiles:       [E, tiles of both halves, bytes of a tile] uint8
     first_tile:  where this half begins
     shape:       [E, N, K] of the weights
+    format:      of the weights
     """
 
     tiles: Tensor
     first_tile: int
     shape: tuple[int, ...]
+    format: QuantFormat
+
+    @property
+    def facts(self) -> ExpertTiles:
+        """What stands in a tile."""
+        return EXPERT_TILES[self.format.name]
 
     @property
     def nbytes(self) -> int:
         """Bytes of this half."""
-        return len(self.tiles) * tiles_of(self.shape[1], self.shape[2]) * EXPERT_TILE_BYTES
+        return len(self.tiles) * tiles_of(self.shape[1], self.shape[2]) * self.facts.bytes
 
 
 def tiles_of(rows: int, columns: int) -> int:
@@ -104,56 +123,179 @@ def unpack_dense(
     return matrix[:rows, :columns].contiguous()
 
 
-def pack_experts(values: Tensor, scales: Tensor, bias: Tensor) -> Tensor:
-    """Bytes [E, tiles, EXPERT_TILE_BYTES] of MXFP4 weights.
+def pack_experts(weight: QuantTensor, bias: Tensor) -> Tensor:
+    """Bytes [E, tiles, bytes of a tile] of weights [E, N, K] in a format of EXPERT_TILES.
 
-    values:  [E, N, K / 2] uint8, low nibble first
-    scales:  [E, N, K / 32] uint8 E8M0
-    bias:    [E, N] bf16
+    bias: [E, N] bf16
     """
-    experts, rows, half = values.shape
-    columns, blocks = cdiv(2 * half, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
-    values = padded(values, blocks * TILE_ROWS, columns * TILE_COLUMNS // 2)
+    facts = EXPERT_TILES[weight.format.name]
+    experts, rows, columns = weight.shape
+    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
+    values, scales = weight.values.view(torch.uint8), weight.scales
+    assert scales is not None
+    words = values.new_zeros((experts, across, down, facts.words, TILE_ROWS, 4))
+    if facts.scales == "fp32":
+        _fill_fp32_words(words, scales, weight.format)
+    else:
+        scales = scales.view(torch.uint8)
+        if facts.scales == "e4m3":
+            values, scales = _without_zero_and_sign(values, scales)
+            scales = _WIDER.to(scales.device)[scales.int()]
+            assert weight.tensor_scale is not None
+            words[..., -1, :, :] = weight.tensor_scale.float().view(1).view(torch.uint8)
+        _fill_byte_words(words, scales, _order_of(facts))
+    bias = padded(bias[:, None], 1, down * TILE_ROWS).view(experts, down, 1, TILE_ROWS, 1)
+    with_bias = slice(4, 6) if facts.scales == "e4m3" else slice(2, 3)
+    words[:, 0, :, with_bias, :, 2:] = bias.contiguous().view(torch.uint8)
+    out = values.new_zeros((experts, across * down, facts.bytes))
+    pack_codes = _packed_e2m1 if facts.bits == 4 else _packed_e4m3
+    out[..., : facts.code_bytes] = pack_codes(values, across, down)
+    out[..., facts.code_bytes :] = words.reshape(experts, across * down, -1)
+    return out
+
+
+def unpack_experts(
+    tiles: Tensor, format: QuantFormat, rows: int, columns: int
+) -> tuple[QuantTensor, Tensor]:
+    """Weights and biases that pack_experts was given.
+
+    Scales of NVFP4 that were zero or negative come back positive, the codes as zero or negated.
+    """
+    facts = EXPERT_TILES[format.name]
+    experts = len(tiles)
+    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
+    codes = tiles[..., : facts.code_bytes].reshape(experts, across, down, -1)
+    values = (_unpacked_e2m1 if facts.bits == 4 else _unpacked_e4m3)(codes)
+    values = values[:, :rows, : columns * facts.bits // 8].contiguous().view(format.value_dtype)
+    words = tiles[..., facts.code_bytes :].reshape(experts, across, down, facts.words, TILE_ROWS, 4)
+    bias_word = 4 if facts.scales == "e4m3" else 2
+    bias = words[:, 0, :, bias_word, :, 2:].contiguous().view(torch.bfloat16)
+    whole = None
+    if facts.scales == "fp32":
+        scales = _fp32_scales(words, format, rows, columns)
+    else:
+        group = 16 if facts.scales == "e4m3" else 32
+        scales = _byte_scales(words, _order_of(facts))[:, :rows, : columns // group].contiguous()
+        if facts.scales == "e4m3":
+            narrower = torch.zeros(256, dtype=torch.uint8, device=tiles.device)
+            narrower[_WIDER.to(tiles.device).int()] = torch.arange(
+                len(_WIDER), dtype=torch.uint8, device=tiles.device
+            )
+            scales = narrower[scales.int()].view(torch.float8_e4m3fn)
+            whole = words[0, 0, 0, -1, 0].contiguous().view(torch.float32)[0]
+    weight = QuantTensor(values, scales, format, (experts, rows, columns), whole)
+    return weight, bias.reshape(experts, -1)[:, :rows].contiguous()
+
+
+def _packed_e2m1(values: Tensor, across: int, down: int) -> Tensor:
+    """[E, tiles, bytes] of nibbles [E, N, K / 2]."""
+    values = padded(values, down * TILE_ROWS, across * TILE_COLUMNS // 2)
     codes = torch.stack([values & 15, values >> 4], dim=-1)
     # expert, block, warp, row + 8, row, column of tiles, chunk, q, c, e
-    codes = codes.view(experts, blocks, TILE_ROWS // 16, 2, 8, columns, PIECE_CHUNKS, 4, 4, 4)
+    codes = codes.view(len(values), down, TILE_ROWS // 16, 2, 8, across, -1, 4, 4, 4)
     a, b = codes.unbind(3)
     packed = ((a & 8) << 4) | ((a & 7) << 2) | ((b & 8) << 2) | ((b & 4) << 4) | (b & 3)
     del codes, a, b
     # expert, block, warp, row, tile column, chunk, q, c, e -> .. chunk, warp, row, c, q, e
-    packed = packed.permute(0, 4, 1, 5, 2, 3, 7, 6, 8).reshape(experts, columns * blocks, -1)
-    out = torch.zeros(
-        (experts, columns * blocks, EXPERT_TILE_BYTES), dtype=torch.uint8, device=values.device
-    )
-    out[..., :_TILE_CODES] = packed
-    groups = TILE_COLUMNS // 32
-    scales = padded(scales, blocks * TILE_ROWS, columns * groups)
-    scales = scales.view(experts, blocks, TILE_ROWS, columns, groups).permute(0, 3, 1, 2, 4)
-    words = padded(scales[..., _GROUP_ORDER], TILE_ROWS, SCALE_WORDS * 4)
-    words = words.unflatten(-1, (SCALE_WORDS, 4))
-    words = words.movedim(-2, -3).contiguous()  # expert, column, block, word, row, byte
-    bias = padded(bias[:, None], 1, blocks * TILE_ROWS).view(experts, blocks, TILE_ROWS, 1)
-    words[:, 0, :, -1, :, 2:] = bias.view(torch.uint8)
-    out[..., _TILE_CODES:] = words.reshape(experts, columns * blocks, -1)
-    return out
+    packed = packed.permute(0, 4, 1, 5, 2, 3, 7, 6, 8)
+    return packed.reshape(len(values), across * down, -1)
 
 
-def unpack_experts(tiles: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, scales and biases that pack_experts was given."""
-    experts = tiles.shape[0]
-    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
-    bytes_ = tiles[..., :_TILE_CODES].reshape(
-        experts, across, down, PIECE_CHUNKS, TILE_ROWS // 16, 8, 4, 4, 4
-    )
+def _unpacked_e2m1(tiles: Tensor) -> Tensor:
+    """Nibbles of codes [E, across, down, bytes], of all padded rows and columns."""
+    experts, across, down, _ = tiles.shape
+    bytes_ = tiles.view(experts, across, down, -1, TILE_ROWS // 16, 8, 4, 4, 4)
     a = ((bytes_ >> 4) & 8) | ((bytes_ >> 2) & 7)
     b = ((bytes_ >> 2) & 8) | ((bytes_ >> 4) & 4) | (bytes_ & 3)
     codes = torch.stack([a, b], dim=5)  # expert, column, block, chunk, warp, row + 8, row, c, q, e
     codes = codes.permute(0, 2, 4, 5, 6, 1, 3, 8, 7, 9).reshape(experts, down * TILE_ROWS, -1, 2)
-    values = (codes[..., 0] | (codes[..., 1] << 4))[:, :rows, : columns // 2]
-    words = tiles[..., _TILE_CODES:].reshape(experts, across, down, SCALE_WORDS, TILE_ROWS, 4)
-    bias = words[:, 0, :, -1, :, 2:].contiguous().view(torch.bfloat16).reshape(experts, -1)
-    places = [_GROUP_ORDER.index(group) for group in range(TILE_COLUMNS // 32)]
-    scales = words.movedim(3, 4).flatten(-2)[..., places]
-    scales = scales.permute(0, 2, 3, 1, 4).reshape(experts, down * TILE_ROWS, -1)
-    scales = scales[:, :rows, : columns // 32]
-    return values.contiguous(), scales.contiguous(), bias[:, :rows].contiguous()
+    return codes[..., 0] | (codes[..., 1] << 4)
+
+
+def _packed_e4m3(values: Tensor, across: int, down: int) -> Tensor:
+    """[E, tiles, bytes] of codes [E, N, K]."""
+    values = padded(values, down * TILE_ROWS, across * TILE_COLUMNS)
+    tiles = values.view(len(values), down, TILE_ROWS, across, -1, 2, 16)
+    tiles = tiles.permute(0, 3, 1, 4, 2, 5, 6)
+    return _swapped(tiles).reshape(len(values), across * down, -1)
+
+
+def _unpacked_e4m3(tiles: Tensor) -> Tensor:
+    """Codes of [E, across, down, bytes], of all padded rows and columns."""
+    experts, across, down, _ = tiles.shape
+    halves = _swapped(tiles.view(experts, across, down, -1, TILE_ROWS, 2, 16))
+    return halves.permute(0, 2, 4, 1, 3, 5, 6).reshape(experts, down * TILE_ROWS, -1)
+
+
+def _order_of(facts: ExpertTiles) -> list[int]:
+    return _E4M3_ORDER if facts.scales == "e4m3" else _E8M0_ORDER
+
+
+def _fill_byte_words(words: Tensor, scales: Tensor, order: list[int]) -> None:
+    """Put bytes [E, N, groups] where `order` says; others of those words are left at zero."""
+    experts, across, down = words.shape[:3]
+    groups = max(order) + 1
+    scales = padded(scales, down * TILE_ROWS, across * groups)
+    scales = scales.view(experts, down, TILE_ROWS, across, groups).permute(0, 3, 1, 2, 4)
+    for at, group in enumerate(order):
+        if group >= 0:
+            words[..., at // 4, :, at % 4] = scales[..., group]
+
+
+def _byte_scales(words: Tensor, order: list[int]) -> Tensor:
+    """Bytes [E, N, groups] of all padded rows and columns."""
+    places = [order.index(group) for group in range(max(order) + 1)]
+    scales = torch.stack([words[..., at // 4, :, at % 4] for at in places], dim=-1)
+    return scales.permute(0, 2, 3, 1, 4).reshape(len(words), words.shape[2] * TILE_ROWS, -1)
+
+
+def _fill_fp32_words(words: Tensor, scales: Tensor, format: QuantFormat) -> None:
+    """Scales of rows or of 128 x 128 blocks."""
+    experts, across, down = words.shape[:3]
+    numbers = words.view(torch.float32)[..., 0]  # [E, across, down, words, 128]
+    blocks = TILE_COLUMNS // _BLOCK
+    scales = scales.float() if scales.dtype == torch.float32 else decode_e8m0(scales)
+    if format.block == (1, 0):
+        rows = padded(scales.view(experts, 1, -1), 1, down * TILE_ROWS)
+        numbers[..., 0, :] = rows.view(experts, 1, down, TILE_ROWS)
+        numbers[..., 1, :blocks] = 1.0
+        return
+    numbers[..., 0, :] = 1.0
+    scales = padded(scales.repeat_interleave(2, -1)[..., : across * blocks], down, across * blocks)
+    numbers[..., 1, :blocks] = scales.view(experts, down, across, blocks).transpose(1, 2)
+
+
+def _fp32_scales(words: Tensor, format: QuantFormat, rows: int, columns: int) -> Tensor:
+    """What _fill_fp32_words was given."""
+    assert format.block is not None and format.scale_dtype is not None
+    experts = len(words)
+    numbers = words.contiguous().view(torch.float32)[..., 0]
+    if format.block == (1, 0):
+        return numbers[:, 0, :, 0].reshape(experts, -1, 1)[:, :rows].contiguous()
+    scales = numbers[..., 1, : TILE_COLUMNS // _BLOCK].transpose(1, 2)
+    height, width = format.block
+    scales = scales.reshape(experts, scales.shape[1], -1)[..., :: width // _BLOCK]
+    scales = scales[:, : cdiv(rows, height), : cdiv(columns, width)].contiguous()
+    if format.scale_dtype == torch.float32:
+        return scales
+    return (scales.view(torch.int32) >> 23).to(torch.uint8)
+
+
+def _wider() -> Tensor:
+    """E4M3 bytes without a sign as five bits of exponent and three of mantissa; NaN, the last, is
+    not loaded."""
+    code = torch.arange(127, dtype=torch.uint8)
+    bits = code.view(torch.float8_e4m3fn).float().view(torch.int32)
+    wider = (bits >> 20) - ((127 - 23) << 3)
+    return torch.where(code == 0, 0, wider).to(torch.uint8)
+
+
+_WIDER = _wider()
+
+
+def _without_zero_and_sign(values: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes whose E4M3 scale is zero as zeros, those whose scale is negative negated."""
+    groups = values.unflatten(-1, (-1, 8))
+    flip = torch.where(scales >= 128, 0x88, 0).to(torch.uint8)[..., None]
+    keep = torch.where((scales & 127) == 0, 0, 255).to(torch.uint8)[..., None]
+    return ((groups ^ flip) & keep).flatten(-2), scales & 127

@@ -4,12 +4,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.persistent import sizes
 from kernels.persistent.exchange import claim, claimed, wait_for_signatures
 from kernels.persistent.gluon_names import copy_rows, seen_as
 from kernels.persistent.shares import expert_share, share
-
-EXPERT_ROWS = gl.constexpr(sizes.EXPERT_ROWS)
 
 
 @gluon.jit
@@ -48,22 +45,23 @@ def dense_producer(desc128, desc32, big, small, full, empty, S: gl.constexpr):
 
 @gluon.jit
 def _expert_tile(
-    desc64, desc16, desc8, tile, n, big, small, scales, full, S: gl.constexpr
+    codes, more_codes, words, tile, n, big, small, scales, full, S: gl.constexpr
 ):  # fmt: skip
     """Load a tile into the slot of the n-th, which is empty."""
+    BOXES: gl.constexpr = S.tiles.boxes
     slot = n % S.expert_slots
-    at = tile * EXPERT_ROWS
+    at = tile * S.tiles.rows
     bar = full.index(slot)
-    mbarrier.expect(bar, (64 + 16 + 8) * 256)  # scales are six rows: two are read in vain
-    copy_rows(desc64, [at, 0], bar, big.index(slot))
-    copy_rows(desc16, [at + 64, 0], bar, small.index(slot))
-    copy_rows(desc8, [at + 80, 0], bar, scales.index(slot))
+    mbarrier.expect(bar, (BOXES[0] + BOXES[1] + BOXES[2]) * 256)
+    copy_rows(codes, [at, 0], bar, big.index(slot))
+    copy_rows(more_codes, [at + BOXES[0], 0], bar, small.index(slot))
+    copy_rows(words, [at + BOXES[0] + BOXES[1], 0], bar, scales.index(slot))
 
 
 @gluon.jit
 def expert_producer(
-    desc64, desc16, desc8, signed, big, small, scales, full, empty, chosen, routed, told, tellings,
-    S: gl.constexpr,
+    codes, more_codes, words, signed, big, small, scales, full, empty, chosen, routed, told,
+    tellings, S: gl.constexpr,
 ):  # fmt: skip
     """One warp: the tiles of the experts of each layer, once the routing is known.
 
@@ -81,25 +79,25 @@ def expert_producer(
         base = layer * S.experts
         _, column, i, given = expert_share(0, program, S)
         counter = signed + 2 + layer * S.gate_up_columns + column
-        words = claim(counter)
+        claims = claim(counter)
         more = True
         while more:
             mbarrier.wait(empty.index(n % S.expert_slots), ((n // S.expert_slots) & 1) ^ 1)
             if i >= given:
-                i = GIVEN + claimed(words)
+                i = GIVEN + claimed(claims)
                 more = i < ALL
                 seen_as(told.index(m % S.told_slots), gl.int32, [1], FLAT).store(
                     gl.zeros([1], gl.int32, layout=ONE) + gl.where(more, i, -1)
                 )
                 mbarrier.arrive(tellings.index(m % S.told_slots), count=1)
                 m += 1
-                words = claim(counter)
+                claims = claim(counter)
             if more:
                 place = i // S.gate_up_blocks
                 expert = gl.sum(chosen.index(place).load(ONE), 0)
                 tile = (base + expert) * S.expert_tiles + column * S.gate_up_blocks
                 tile += i - place * S.gate_up_blocks
-                _expert_tile(desc64, desc16, desc8, tile, n, big, small, scales, full, S)
+                _expert_tile(codes, more_codes, words, tile, n, big, small, scales, full, S)
                 n += 1
                 i += 1
         wait_for_signatures(signed + 1, (layer + 1) * S.programs)
@@ -108,5 +106,5 @@ def expert_producer(
         tile0 = (base + expert) * S.expert_tiles + S.gate_up_tiles + column * S.down_blocks
         for block in range(first, last):
             mbarrier.wait(empty.index(n % S.expert_slots), ((n // S.expert_slots) & 1) ^ 1)
-            _expert_tile(desc64, desc16, desc8, tile0 + block, n, big, small, scales, full, S)
+            _expert_tile(codes, more_codes, words, tile0 + block, n, big, small, scales, full, S)
             n += 1

@@ -10,15 +10,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-TILE_ROWS = 128
-TILE_COLUMNS = 320
-CHUNK_BYTES = 4096  # 128 rows of 32 bytes: what one tensor core instruction takes
-PIECE_CHUNKS = 5  # of an expert's tile, which is a slot of its ring
+from kernels.persistent.formats import (
+    EXPERT_TILES,
+    ROW_BYTES,
+    TILE_COLUMNS,
+    TILE_ROWS,
+    ExpertTiles,
+)
+from quant.formats import MXFP4
+
 DENSE_ROWS = 160  # of ROW_BYTES, of a slot of the dense ring: a tile in FP8, half of one in bf16
-SCALE_WORDS = 3  # of a row of an expert's tile: 10 bytes of scales
-ROW_BYTES = 256  # in which tiles are counted
-PIECE_ROWS = PIECE_CHUNKS * CHUNK_BYTES // ROW_BYTES
-EXPERT_ROWS = PIECE_ROWS + SCALE_WORDS * TILE_ROWS * 4 // ROW_BYTES  # of an expert's tile
 OTHER_BYTES = 6656  # of shared memory: queries, barriers, scratch of sums over warps
 PHASES = (  # of a layer, by their names in the roofline
     *("qkv", "attention", "output projection", "router", "experts gate_up", "experts down"),
@@ -51,6 +52,7 @@ class StepSizes:
     alpha: float
     fp8: bool  # dense weights in E4M3 with a scale a row; else bf16
     programs: int
+    tiles: ExpertTiles = EXPERT_TILES[MXFP4.name]  # of the experts
     dense_slots: int = 2
     expert_slots: int = 4
     splits: int = 16  # of the cache of a full layer
@@ -196,7 +198,7 @@ class StepSizes:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a program."""
-        rings = self.dense_slots * DENSE_ROWS + self.expert_slots * (PIECE_ROWS + 8)
+        rings = self.dense_slots * DENSE_ROWS + self.expert_slots * sum(self.tiles.boxes)
         slices = self.slice_groups * 256
         return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + OTHER_BYTES
 
@@ -207,8 +209,9 @@ class StepSizes:
 
     def with_rings(self, shared_bytes: int) -> StepSizes:
         """The same with as many slots as fit into this much shared memory of a program."""
-        experts = max(4, cdiv(self.head_slices_bytes, 64 * ROW_BYTES))
-        for dense in range(3, 1, -1):
+        box = self.tiles.boxes[0] * ROW_BYTES
+        least = max(4 if self.tiles.bits == 4 else 3, cdiv(self.head_slices_bytes, box))
+        for dense, experts in ((3, least), *((2, n) for n in range(2 * least, least - 1, -1))):
             sizes = replace(self, dense_slots=dense, expert_slots=experts)
             if sizes.shared_bytes <= shared_bytes:
                 return sizes

@@ -47,7 +47,7 @@ def store_dense(v, store, at, S: gl.constexpr):
     """A slice for dense tiles, [16, 32] or [32, 16]; returns what multiplies its sums."""
     if S.fp8:
         v, unscale = scaled(v)
-        store_fp8_terms(v, store.index(at), 16)
+        store_fp8_terms(v, store.index(at), 16, False)
     else:
         store_bf16_terms(v, store.index(at), 32)
         unscale = 1.0

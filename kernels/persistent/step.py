@@ -10,8 +10,8 @@ tile, multiply, and add rows to sums in memory (exchange.py).
     attend   qkv sums, cache               (few programs)      attention [tagged]
     out      attention                     dense tiles         residual
     router   residual, its norm weight     (few programs)      router sums
-    gate_up  residual, router sums         4-bit tiles         gate_up sums
-    down     gate_up sums                  4-bit tiles         residual
+    gate_up  residual, router sums         experts' tiles      gate_up sums
+    down     gate_up sums                  experts' tiles      residual
     head     residual                      dense tiles         logits (stored)
     draw     logits                        (in the head)       next token (draw.py)
 
@@ -26,7 +26,7 @@ from kernels.persistent.attend import attend, qkv_words
 from kernels.persistent.draw import pick_token
 from kernels.persistent.exchange import add_to_sums, publish, sign, wait_for_all_to_sign
 from kernels.persistent.gluon_names import seen_as
-from kernels.persistent.multiply import store_fp8_terms
+from kernels.persistent.multiply import expert_views, store_fp8_terms
 from kernels.persistent.producers import dense_producer, expert_producer
 from kernels.persistent.route import choose, pick, route_part
 from kernels.persistent.shares import (
@@ -107,7 +107,6 @@ def consumer(
     SWIZZLED16_3: gl.constexpr = gl.NVMMASharedLayout(32, 16, rank=3)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
-    FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     SLOTS: gl.constexpr = S.dense_slots
     COLUMNS: gl.constexpr = S.width_columns
@@ -130,11 +129,7 @@ def consumer(
         hstore = seen_as(ebig, gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
     xe = seen_as(xs, gl.float8e4nv, [APART, 8, 32], SWIZZLED8)
     estore = seen_as(xs, gl.float8e4nv, [1, 16, 8, 32], SWIZZLED8_3)
-    wbig = seen_as(ebig, gl.int32, [S.expert_slots * 4, 8, 8, 4, 4], FLAT4)
-    wsmall = seen_as(esmall, gl.int32, [S.expert_slots, 8, 8, 4, 4], FLAT4)
-    wscales = seen_as(escales, gl.int32, [S.expert_slots * 2, 2, 128], FLAT2)
-    wlast = seen_as(escales, gl.int32, [S.expert_slots * 4, 128], FLAT)
-
+    wbig, wsmall, wpairs, wrows = expert_views(ebig, esmall, escales, S)
     staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
     numbers = seen_as(qs, gl.float32, [256], FLAT)
     program = gl.program_id(0)
@@ -248,8 +243,8 @@ def consumer(
                     x = down_slice(at, factor, column, S)
                     x *= S.hidden_scale
                     unscale = 1.0 / S.hidden_scale
-                store_fp8_terms(x, estore.index(0), 16)
-                unscale *= 64.0
+                store_fp8_terms(x, estore.index(0), 16, S.tiles.scales == "e4m3")
+                unscale *= S.tiles.unscale
             if half == 0:
                 ids, mixing, factor = choose(
                     layer, router_bias, tag, router_sums + turn, router_squares, numbers, trace,
@@ -277,7 +272,7 @@ def consumer(
                 first, last, half == 0, en, claims, unscale,
                 gl.where(half == 0, 1.0 / factor, 1.0), gl.where(half == 0, 1.0, weight),
                 gl.where(half == 0, S.top_k * S.gate_up_blocks * 128, S.width), wbig, wsmall,
-                wscales, wlast, xe, efull, eempty, told, tellings, sums_at, S,
+                wpairs, wrows, xe, efull, eempty, told, tellings, sums_at, S,
             )  # fmt: skip
             stamp(trace, layer, phase, ENDS, works, S)
         count += S.top_k * S.down_columns
@@ -296,8 +291,8 @@ def consumer(
 def step_kernel(
     token, position, settings, seed, step, seen, history, logprobs, counter, embedding, norms,
     moe_norms, final_norm, qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
-    head_scale, cos, sin, cache, cache_table, sums, tagged, logits, dense128, dense32, expert64,
-    expert16, expert8, trace_ptr, draws, S: gl.constexpr, E2: gl.constexpr,
+    head_scale, cos, sin, cache, cache_table, sums, tagged, logits, dense128, dense32, codes,
+    more_codes, words, trace_ptr, draws, S: gl.constexpr, E2: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
@@ -306,9 +301,10 @@ def step_kernel(
     EXPERT: gl.constexpr = S.expert_slots
     dbig = gl.allocate_shared_memory(gl.uint8, [DENSE, 128, 256], PLAIN)
     dsmall = gl.allocate_shared_memory(gl.uint8, [DENSE, 32, 256], PLAIN)
-    ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, 64, 256], PLAIN)
-    esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, 16, 256], PLAIN)
-    escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, 8, 256], PLAIN)
+    BOXES: gl.constexpr = S.tiles.boxes
+    ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[0], 256], PLAIN)
+    esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[1], 256], PLAIN)
+    escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[2], 256], PLAIN)
     APART: gl.constexpr = S.slice_groups
     xs = gl.allocate_shared_memory(gl.float8e4nv, [1, APART, 8, 32], THREE)
     hscale = gl.allocate_shared_memory(gl.float32, [S.width_columns, 1], LINE)
@@ -346,7 +342,7 @@ def step_kernel(
                         eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace_ptr,
                         draws, S, E2)),
             (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (expert64, expert16, expert8, signed, ebig, esmall, escales,
+            (expert_producer, (codes, more_codes, words, signed, ebig, esmall, escales,
                                efull, eempty, chosen, routed, told, tellings, S)),
         ],
         [1, 1],

@@ -9,8 +9,7 @@ from kernels.persistent.exchange import add_to_sums
 from kernels.persistent.gluon_names import seen_as, wait_for_warps
 from kernels.persistent.multiply import (
     dense_piece,
-    load_expert_tile,
-    multiply_expert_tile,
+    expert_product,
     row_sums,
 )
 from kernels.persistent.slices import residual_slice, slice_stored, store_dense
@@ -61,8 +60,8 @@ def dense_tiles(
 
 @gluon.jit
 def expert_tiles(
-    first, last, claims, n, m, unscale, bias_factor, mixing, limit, big, small, scales,
-    last_scales, xs, full, empty, told, tellings, sums, S: gl.constexpr,
+    first, last, claims, n, m, unscale, bias_factor, mixing, limit, big, small, pairs, rows, xs,
+    full, empty, told, tellings, sums, S: gl.constexpr,
 ):  # fmt: skip
     """Add tiles of one column and their biases times bias_factor to sums, all times mixing: blocks
     first to last - 1, then those that the producer has claimed if it does.
@@ -78,10 +77,8 @@ def expert_tiles(
     while more:
         for block in range(first, last):
             slot = _wait_full(full, n, S.expert_slots)
-            tile = load_expert_tile(big, small, scales, last_scales, slot)
-            mbarrier.arrive(empty.index(slot), count=1)
-            acc, bias = multiply_expert_tile(tile, xs, zero)
-            value = (row_sums(acc, MMA, True) * unscale + bias * bias_factor) * mixing
+            value, bias = expert_product(big, small, pairs, rows, slot, empty, xs, zero, S)
+            value = (value * unscale + bias * bias_factor) * mixing
             row = block * 128 + gl.arange(0, 128, layout=ROW)
             add_to_sums(sums + row, value, 1, row < limit)
             n += 1

@@ -250,6 +250,7 @@ def fits_gpu(
 ) -> dict[str, Any]:
     """The longest context that fits a GPU with free_bytes, or what is missing."""
     from moe_runtime.tiles import HOPPER, more_bytes  # torch: slow import
+    from quant.formats import MXFP4
 
     entry: dict[str, Any] = {"model": model.repo_id, "device": device}
     try:
@@ -259,7 +260,9 @@ def fits_gpu(
             max_context=None,
             free_bytes=free_bytes,
             device=device,
-            more=more_bytes(model.config, fp8=False) if capability == HOPPER else MoreBytes(),
+            more=more_bytes(model.config, MXFP4, fp8=False)
+            if capability == HOPPER
+            else MoreBytes(),
         )
     except DoesNotFitError as error:
         return {**entry, "fits": False, "why_not": error.hint}

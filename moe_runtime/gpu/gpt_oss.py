@@ -92,7 +92,7 @@ def relayout(
     """See gpu.families.GpuFamily.relayout."""
     if persistent.why_not(config, formats, device) is not None:
         return None
-    return persistent.relayout(config, device)
+    return persistent.relayout(config, tiles.tiled_format(formats), device)
 
 
 def more_bytes(
@@ -104,7 +104,8 @@ def more_bytes(
     """See gpu.families.GpuFamily.more_bytes."""
     if persistent.why_not(config, formats, device) is not None:
         return MoreBytes()
-    return tiles.more_bytes(config, fp8=dense_format is not None)
+    format = tiles.tiled_format(formats)
+    return tiles.more_bytes(config, format, fp8=dense_format is not None)
 
 
 def slower_because(
@@ -139,9 +140,10 @@ def compile_kernels(
     if in_one:
         from moe_runtime.gpu import persistent_step  # needs Gluon
 
-        persistent_step.compile_persistent(config, device, fp8=dense_format is not None)
-    for pair in (None,) if in_one else formats:
-        weights = zero_weights(small, device, pair, dense_format)
+        format = tiles.tiled_format(formats)
+        persistent_step.compile_persistent(config, format, device, fp8=dense_format is not None)
+    for pair in formats:
+        weights = zero_weights(small, device, pair, dense_format, tiled=in_one)
         step: CapturedStep
         if in_one:
             step = persistent_step.Draw(small, weights, max_context)

@@ -8,17 +8,25 @@ and in tiles for the step.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, pack_experts
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.pack import TiledExperts, pack_experts
 from kernels.persistent.sizes import StepSizes
 from kernels.triton_release import TRITON_RELEASE
 from loaders.weights import Relayout
 from moe_runtime.config import ModelConfig
-from moe_runtime.tiles import EXPERTS_AT_ONCE, HOPPER, expert_half_tiles, why_not_tiled
+from moe_runtime.tiles import (
+    EXPERTS_AT_ONCE,
+    HOPPER,
+    expert_half_tiles,
+    tiled_format,
+    why_not_tiled,
+)
 from quant.formats import QuantFormat
 from quant.tensor import QuantTensor
 
@@ -43,14 +51,16 @@ def why_not(
         return reason
     try:
         for fp8 in (False, True):
-            step_sizes(c, fp8=fp8, device=device)
+            step_sizes(c, tiled_format(formats), fp8=fp8, device=device)
     except ValueError as error:
         return str(error)
     return None
 
 
-def step_sizes(config: ModelConfig, *, fp8: bool, device: torch.device) -> StepSizes:
-    """The kernel's constants for a model on a GPU."""
+def step_sizes(
+    config: ModelConfig, format: QuantFormat, *, fp8: bool, device: torch.device
+) -> StepSizes:
+    """The kernel's constants for a model on a GPU; its experts are in `format`."""
     c = config
     facts = torch.cuda.get_device_properties(device)
     programs = facts.multi_processor_count
@@ -74,15 +84,17 @@ def step_sizes(config: ModelConfig, *, fp8: bool, device: torch.device) -> StepS
         alpha=c.swiglu_alpha,
         fp8=fp8,
         programs=programs,
+        tiles=EXPERT_TILES[format.name],
         splits=splits,
     )
     return sizes.with_rings(_SHARED_BYTES)
 
 
-def relayout(config: ModelConfig, device: torch.device) -> Relayout:
+def relayout(config: ModelConfig, format: QuantFormat, device: torch.device) -> Relayout:
     """Experts put into tiles layer by layer, all in one piece of memory."""
     c = config
-    shape = (c.num_layers, c.num_experts, sum(expert_half_tiles(c)), EXPERT_TILE_BYTES)
+    tile_bytes = EXPERT_TILES[format.name].bytes
+    shape = (c.num_layers, c.num_experts, sum(expert_half_tiles(c)), tile_bytes)
     memory = torch.empty(shape, dtype=torch.uint8, device=device)
     up_tiles, _ = expert_half_tiles(c)
 
@@ -94,7 +106,7 @@ def relayout(config: ModelConfig, device: torch.device) -> Relayout:
             assert isinstance(weight, QuantTensor) and isinstance(bias, Tensor), name
             tiles = memory[int(name.split(".")[1])]
             fill_tiles(tiles, first, weight, bias)
-            found[name] = TiledExperts(tiles, first, weight.shape)
+            found[name] = TiledExperts(tiles, first, weight.shape, format)
         return found
 
     names = ("gate_up", "gate_up_bias", "down", "down_bias")
@@ -104,8 +116,13 @@ def relayout(config: ModelConfig, device: torch.device) -> Relayout:
 def fill_tiles(tiles: Tensor, first: int, weight: QuantTensor, bias: Tensor) -> None:
     """Pack experts [E, ..] into tiles [E, n, bytes] from tile `first` on, a few at a time."""
     assert weight.scales is not None
-    scales = weight.scales.view(torch.uint8)
     for e in range(0, len(bias), EXPERTS_AT_ONCE):
         some = slice(e, e + EXPERTS_AT_ONCE)
-        packed = pack_experts(weight.values[some], scales[some], bias[some])
+        part = replace(
+            weight,
+            values=weight.values[some],
+            scales=weight.scales[some],
+            shape=(len(bias[some]), *weight.shape[1:]),
+        )
+        packed = pack_experts(part, bias[some])
         tiles[some, first : first + packed.shape[1]] = packed

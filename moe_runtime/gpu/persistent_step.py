@@ -29,6 +29,7 @@ from moe_runtime.config import ModelConfig
 from moe_runtime.decode import LayerWeights, ModelWeights
 from moe_runtime.gpu.captured_step import CapturedStep
 from moe_runtime.gpu.persistent import step_sizes
+from quant.formats import QuantFormat
 from quant.tensor import QuantTensor
 
 
@@ -133,7 +134,10 @@ class PersistentStep(Draw):
         super().__init__(config, weights, max_context)
         device = weights.embedding.device
         self.cache = cache
-        self.sizes = step_sizes(config, fp8=isinstance(weights.head, QuantTensor), device=device)
+        experts = weights.layers[0].gate_up
+        assert isinstance(experts, TiledExperts)
+        fp8 = isinstance(weights.head, QuantTensor)
+        self.sizes = step_sizes(config, experts.format, fp8=fp8, device=device)
         packed = step_weights(weights)
         self._tensors = arguments(
             packed,
@@ -144,7 +148,7 @@ class PersistentStep(Draw):
             cache_table(config, cache),
             self.logits,
         )
-        self._descriptors = descriptors(packed)
+        self._descriptors = descriptors(self.sizes, packed)
         watched = os.environ.get(WATCH) == "1"
         self._stamps = phase_stamps(self.sizes) if watched else None
 
@@ -172,6 +176,8 @@ def cache_table(config: ModelConfig, cache: KVCache) -> Tensor:
     return torch.tensor(rows, dtype=torch.int64, device=cache.memory.device)
 
 
-def compile_persistent(config: ModelConfig, device: torch.device, *, fp8: bool) -> None:
-    """Compile the step's kernel without any weights."""
-    compile_step(step_sizes(config, fp8=fp8, device=device), device)
+def compile_persistent(
+    config: ModelConfig, format: QuantFormat, device: torch.device, *, fp8: bool
+) -> None:
+    """Compile the step's kernel without any weights; experts are in `format`."""
+    compile_step(step_sizes(config, format, fp8=fp8, device=device), device)

@@ -14,7 +14,7 @@ from moe_runtime.machines import Machine
 from moe_runtime.plan import MemoryPlan, MoreBytes
 from moe_runtime.planning.components import NOT_LOADED, Groups
 from moe_runtime.planning.facts import PlannedConfig
-from moe_runtime.tiles import HOPPER, more_bytes, why_not_tiled
+from moe_runtime.tiles import HOPPER, more_bytes, tiled_format, why_not_tiled
 from quant.formats import FP8_ROW, MXFP4, QuantFormat
 
 DENSE = ("attention", "shared experts", "mlp", "head")  # what dense FP8 packs
@@ -141,7 +141,7 @@ def _on_hopper(
     experts = tuple((format, format) for format in formats_in("experts"))
     if why_not_tiled(config, experts) is not None:
         return MoreBytes()
-    return more_bytes(config, fp8=formats_in("head") == {FP8_ROW})
+    return more_bytes(config, tiled_format(experts), fp8=formats_in("head") == {FP8_ROW})
 
 
 def _dense_fp8(component: str, tensor: LogicalTensor) -> QuantFormat | None:

@@ -51,7 +51,8 @@ from kernels import (
 )
 from kernels.moe_routing import Routing
 from kernels.packed_vector import packed_vectors
-from kernels.persistent.pack import EXPERT_TILE_BYTES, TiledExperts, tiles_of
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.pack import TiledExperts, tiles_of
 from kernels.swiglu import Swiglu
 from quant.formats import (
     BF16,
@@ -171,10 +172,12 @@ def run_moe_gemm_tiled(s: Sizes) -> None:
     """Experts in the tiles of the persistent step."""
     first_down = tiles_of(2 * s.F, s.D)
     count = first_down + tiles_of(s.D, s.F)
-    tiles = empty(s.E, count, EXPERT_TILE_BYTES, dtype=torch.uint8)
-    gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D))
-    for block_rows in moe_gemm.TILES_OF_TILES:
-        run_both_halves(s, gate_up, TiledExperts(tiles, first_down, (s.E, s.D, s.F)), block_rows)
+    for format in (MXFP4, NVFP4, MXFP8, FP8_ROW):
+        tiles = empty(s.E, count, EXPERT_TILES[format.name].bytes, dtype=torch.uint8)
+        gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D), format)
+        down = TiledExperts(tiles, first_down, (s.E, s.D, s.F), format)
+        for block_rows in moe_gemm.TILES_OF_TILES:
+            run_both_halves(s, gate_up, down, block_rows)
 
 
 def run_moe_routing(s: Sizes) -> None:

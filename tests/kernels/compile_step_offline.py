@@ -1,6 +1,9 @@
 """Compile the persistent step for sm_90 without a GPU; one JSON line a model.
 
-    python tests/kernels/compile_step_offline.py gpt-oss-20b:fp8 gpt-oss-120b:bf16
+    python tests/kernels/compile_step_offline.py gpt-oss-20b:fp8 gpt-oss-120b:bf16:nvfp4
+
+Behind a model's name stands the format of its dense weights, then that of its experts if it is not
+MXFP4.
 
 In a process of its own, because the tests of values have Triton's interpreter on.
 """
@@ -16,6 +19,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
+from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.launch import padded_experts
 from kernels.persistent.sizes import StepSizes
 from kernels.persistent.step import step_kernel
@@ -31,16 +35,16 @@ OTHERS = {
     "sums": "*i64", "tagged": "*i64", "seed": "*i64", "step": "*i32", "seen": "*u8",
     "history": "*i32", "draws": "i32", "S": "constexpr", "E2": "constexpr",
 }  # fmt: skip
-COPIED = {"dense128": 128, "dense32": 32, "expert64": 64, "expert16": 16, "expert8": 8}
+COPIED = ("dense128", "dense32", "codes", "more_codes", "words")
 
 
-def sizes(model: str, *, fp8: bool) -> StepSizes:
+def sizes(model: str, *, fp8: bool, experts_in: str = "mxfp4") -> StepSizes:
     """As moe_runtime/gpu/persistent.py makes them on an H100."""
     layers, experts = MODELS[model]
     found = StepSizes(
         layers=layers, width=2880, heads=64, kv_heads=8, head_width=64, experts=experts, top_k=4,
         hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=fp8,
-        programs=132,
+        programs=132, tiles=EXPERT_TILES[experts_in],
     )  # fmt: skip
     return found.with_rings(SHARED_BYTES)
 
@@ -48,10 +52,12 @@ def sizes(model: str, *, fp8: bool) -> StepSizes:
 def compile_for(s: StepSizes, *, traced: bool = False) -> dict[str, int]:
     """What the compiler says: registers, stack and shared memory in bytes."""
     layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+    heights = (128, 32, *s.tiles.boxes)
     signature = {}
     for name in step_kernel.arg_names:
         if name in COPIED:
-            signature[name] = f"tensordesc<u8[{COPIED[name]},256],{layout!r}>"
+            height = heights[COPIED.index(name)]
+            signature[name] = f"tensordesc<u8[{height},256],{layout!r}>"
         elif name == "trace_ptr":
             signature[name] = "*i64" if traced else "constexpr"
         else:
@@ -74,6 +80,7 @@ def compile_for(s: StepSizes, *, traced: bool = False) -> dict[str, int]:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        name, _, kind = argument.partition(":")
-        found = compile_for(sizes(name, fp8=kind == "fp8"))
+        name, dense, *experts_in = argument.split(":")
+        s = sizes(name, fp8=dense == "fp8", experts_in=experts_in[0] if experts_in else "mxfp4")
+        found = compile_for(s)
         print(json.dumps({"model": argument} | found), flush=True)

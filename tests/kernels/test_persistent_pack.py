@@ -6,8 +6,8 @@ import torch
 from kernels import moe_gemm, weight_tiles
 from kernels.moe_routing import route_tokens
 from kernels.persistent import multiply
+from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import (
-    EXPERT_TILE_BYTES,
     TiledExperts,
     pack_dense,
     pack_experts,
@@ -16,8 +16,9 @@ from kernels.persistent.pack import (
 )
 from kernels.reference import moe_gemm as twin
 from kernels.swiglu import Swiglu
+from quant.codecs import decode, encode
 from quant.e2m1 import E2M1_VALUES
-from quant.formats import MXFP4
+from quant.formats import FORMATS, FP8_BLOCK128, MXFP4, NVFP4
 from quant.tensor import QuantTensor
 from tests.kernels.ptx_emulator import run_ptx
 from tests.tolerances import assert_close
@@ -29,7 +30,17 @@ ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
 def random_experts(experts, rows, columns):
     values = torch.randint(0, 256, (experts, rows, columns // 2), dtype=torch.uint8)
     scales = torch.randint(121, 127, (experts, rows, columns // 32), dtype=torch.uint8)
-    return values, scales, torch.randn(experts, rows).bfloat16()
+    weight = QuantTensor(values, scales, MXFP4, (experts, rows, columns))
+    return weight, torch.randn(experts, rows).bfloat16()
+
+
+def experts_in(format, experts, rows, columns):
+    """Random weights whose sizes differ from group to group, and biases."""
+    if format is MXFP4:
+        return random_experts(experts, rows, columns)
+    sizes = 2.0 ** torch.randint(-9, 2, (experts, rows, columns // 16, 1))
+    plain = torch.randn(experts, rows, columns // 16, 16) * sizes
+    return encode(plain.flatten(-2) * 0.02, format), torch.randn(experts, rows).bfloat16()
 
 
 @pytest.mark.parametrize("by_rows", [False, True])
@@ -53,18 +64,38 @@ def test_dense_weights_stand_where_the_tensor_core_reads_them():
         assert tiles[tile, c // 32 * 4096 + r * 32 + half * 16 + c % 16] == weight[row, column]
 
 
+@pytest.mark.parametrize("name", EXPERT_TILES)
 @pytest.mark.parametrize("shape", [(3, 130, 352), (1, 128, 320), (2, 96, 32)])
-def test_experts_there_and_back(shape):
-    packed = random_experts(*shape)
-    tiles = pack_experts(*packed)
-    assert tiles.shape[-1] == EXPERT_TILE_BYTES
-    for found, expected in zip(unpack_experts(tiles, *shape[1:]), packed, strict=True):
-        assert torch.equal(found, expected)
+def test_experts_there_and_back(shape, name):
+    format = FORMATS[name]
+    weight, bias = experts_in(format, *shape)
+    tiles = pack_experts(weight, bias)
+    assert tiles.shape[-1] == EXPERT_TILES[name].bytes == 256 * EXPERT_TILES[name].rows
+    found, found_bias = unpack_experts(tiles, format, *shape[1:])
+    assert torch.equal(found_bias, bias) and found.shape == weight.shape
+    for part in ("values", "scales", "tensor_scale"):
+        expected, actual = getattr(weight, part), getattr(found, part)
+        assert (expected is None) == (actual is None), part
+        if expected is not None:
+            assert actual.dtype == expected.dtype and actual.shape == expected.shape, part
+            assert torch.equal(*(x.reshape(-1).view(torch.uint8) for x in (actual, expected))), part
+
+
+def test_scales_of_zero_and_below_stand_in_the_codes():
+    weight, bias = experts_in(NVFP4, 2, 128, 64)
+    scales = weight.scales.view(torch.uint8)
+    scales[:, :, 0], scales[:, 5, 1] = 0, 0x80
+    scales[:, :, 2] = torch.arange(128) % 127 | 0x80
+    scales[:, :, 3] = torch.arange(128) % 127
+    found, _ = unpack_experts(pack_experts(weight, bias), NVFP4, 128, 64)
+    assert torch.equal(decode(found), decode(weight))
+    assert (found.scales.view(torch.uint8) < 128).all()
 
 
 def test_experts_stand_as_the_words_are_described():
-    values, scales, bias = random_experts(1, 256, 640)
-    tiles = pack_experts(values, scales, bias)[0].long()
+    weight, bias = random_experts(1, 256, 640)
+    values, scales = weight.values, weight.scales
+    tiles = pack_experts(weight, bias)[0].long()
     for row, column in ((0, 0), (8, 1), (133, 17), (255, 639), (70, 400)):
         code = int(values[0, row, column // 2]) >> (4 * (column % 2)) & 15
         tile = column // 320 * 2 + row // 128
@@ -108,6 +139,33 @@ def test_the_steps_words_become_e4m3():
                 assert torch.equal(value, E2M1[codes[:, row]] * 2.0**-6), (place, row)
 
 
+@pytest.mark.parametrize("byte", range(4))
+def test_words_of_nvfp4_have_the_described_scales(byte):
+    """Groups of 16 columns by word and byte; and fp32 of the tensor behind them."""
+    weight, bias = experts_in(NVFP4, 1, 256, 640)
+    words = pack_experts(weight, bias)[0, :, 5 * 4096 :].view(4, 7, 128, 4)
+    for tile, word in ((0, 0), (1, 3), (3, 1), (2, 2), (3, 4), (0, 5)):
+        group = 8 * (word // 2) + 2 * byte + word % 2
+        if group >= 20:
+            continue
+        rows = slice(tile % 2 * 128, tile % 2 * 128 + 128)
+        stored = words[tile, word, :, byte].int()
+        exponent, mantissa = stored >> 3, stored & 7
+        value = (1 + mantissa / 8) * 2.0 ** (exponent - 23)
+        assert torch.equal(value, weight.scales[0, rows, tile // 2 * 20 + group].float())
+    assert (words[:, 6].contiguous().view(torch.float32) == weight.tensor_scale).all()
+
+
+def test_words_of_blocks_have_the_described_scales():
+    weight, bias = experts_in(FP8_BLOCK128, 1, 256, 640)
+    words = pack_experts(weight, bias)[0, :, 10 * 4096 :].contiguous().view(torch.float32)
+    words = words.view(4, 3, 128)
+    for tile in range(4):
+        assert (words[tile, 0] == 1).all()
+        blocks = [(tile // 2 * 320 + 64 * i) // 128 for i in range(5)]
+        assert torch.equal(words[tile, 1, :5], weight.scales[0, tile % 2, blocks])
+
+
 @pytest.mark.parametrize("scales", [(1.0, 2.0**-100), (2.0**9, 1.0)])
 def test_prefills_words_become_bf16(scales):
     bits = [int(torch.tensor(s).bfloat16().view(torch.int16)) * 0x10001 for s in scales]
@@ -122,27 +180,30 @@ def test_prefills_words_become_bf16(scales):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "width", "expert_width", "block_rows"),
-    [(45, 3, 2, 96, 64, 64), (7, 6, 1, 352, 96, 64), (30, 5, 4, 160, 96, 128)],
+    ("tokens", "experts", "top_k", "width", "expert_width", "block_rows", "name"),
+    [(45, 3, 2, 96, 64, 64, "mxfp4"), (7, 6, 1, 352, 96, 64, "mxfp4")]
+    + [(30, 5, 4, 416, 96, 128, name) for name in EXPERT_TILES]
+    + [(9, 3, 2, 160, 352, 64, name) for name in EXPERT_TILES],
 )
-def test_prefill_reads_tiles(device, tokens, experts, top_k, width, expert_width, block_rows):
+def test_prefill_reads_tiles(device, tokens, experts, top_k, width, expert_width, block_rows, name):
     torch.manual_seed(0)
     shapes = {"gate_up": (2 * expert_width, width), "down": (width, expert_width)}
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     plain, biases, packed = [], [], []
     for shape in shapes.values():
-        values, scales, bias = random_experts(experts, *shape)
-        plain.append(QuantTensor(values, scales, MXFP4, (experts, *shape)).to(device))
+        weight, bias = experts_in(FORMATS[name], experts, *shape)
+        plain.append(weight.to(device))
         biases.append(bias.to(device))
-        packed.append(pack_experts(values, scales, bias))
+        packed.append(pack_experts(weight, bias))
     tiles = torch.cat(packed, 1).to(device)
-    gate_up = TiledExperts(tiles, 0, plain[0].shape)
-    down = TiledExperts(tiles, packed[0].shape[1], plain[1].shape)
+    gate_up = TiledExperts(tiles, 0, plain[0].shape, FORMATS[name])
+    down = TiledExperts(tiles, packed[0].shape[1], plain[1].shape, FORMATS[name])
     x = torch.randn(tokens, width, device=device).to(dtype)
     routing = route_tokens(torch.randn(tokens, experts, device=device), top_k, block_rows)
-    name = "moe_gemm_mxfp4" if device.type == "cpu" else "moe_gemm_mxfp4_bf16"
+    row = "moe_gemm_mxfp4" if device.type == "cpu" else "moe_gemm_mxfp4_bf16"
+    in_order = moe_gemm.in_chunk_order if EXPERT_TILES[name].bits == 4 else lambda x: x
     hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, biases[0], routing, ACTIVATION)
     expected = twin.moe_gemm_gate_up(x, plain[0], biases[0], routing, ACTIVATION)
-    assert_close(hidden, moe_gemm.in_chunk_order(expected), name)
-    outputs = moe_gemm.moe_gemm_down(moe_gemm.in_chunk_order(expected), down, biases[1], routing)
-    assert_close(outputs, twin.moe_gemm_down(expected, plain[1], biases[1], routing), name)
+    assert_close(hidden, in_order(expected), row)
+    outputs = moe_gemm.moe_gemm_down(in_order(expected), down, biases[1], routing)
+    assert_close(outputs, twin.moe_gemm_down(expected, plain[1], biases[1], routing), row)

@@ -12,6 +12,7 @@ from kernels.persistent.sizes import PHASES
 from kernels.persistent.watch import where_programs_stand
 from kernels.reference import sampling
 from kernels.sampling import make_state
+from quant.formats import FP8_BLOCK128, FP8_BLOCK128_E8M0, FP8_ROW, MXFP8, NVFP4
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import Emulated, T, raw
 from tests.oracles.step_model import TINY, expected_logits, step_model
@@ -128,7 +129,7 @@ def run(kernel, model, position, trace=None, cache=None, state=None):
     now = state or request(position, s.vocabulary)
     tensors = arguments(w, model.buffers, now, model.rope, cache, model.table, logits)
     descs = [gluon_on_cpu.descriptor(w.dense, n) for n in (128, 32)]
-    descs += [gluon_on_cpu.descriptor(w.experts, n) for n in (64, 16, 8)]
+    descs += [gluon_on_cpu.descriptor(w.experts, n) for n in s.tiles.boxes]
     trace = None if trace is None else gluon_on_cpu.pointer(trace)
     args = (
         *(gluon_on_cpu.pointer(t) for t in tensors),
@@ -148,6 +149,19 @@ def test_the_step_is_its_twins(kernel, fp8):
     for position in (5, 0, 300):
         actual = run(kernel, model, position)
         assert_close(actual, expected_logits(model, position), "decode_step")
+
+
+@pytest.mark.parametrize("format", [NVFP4, MXFP8, FP8_ROW, FP8_BLOCK128, FP8_BLOCK128_E8M0])
+def test_every_format_of_experts(kernel, format):
+    """With two columns of tiles in both halves, whose scales differ, and rows left over."""
+    sizes = replace(TINY, width=384, hidden=352, programs=25)
+    model = step_model(sizes, fp8=True, experts_in=format)
+    expected = expected_logits(model, 5)
+    assert_close(run(kernel, model, 5), expected, "decode_step")
+    scales = model.layers[0]["down"].scales
+    scales.copy_((scales.float() * 1.1).to(scales.dtype) if scales.dtype.is_floating_point else 125)
+    with pytest.raises(AssertionError, match="relative RMS"):
+        assert_close(expected_logits(model, 5), expected, "decode_step")
 
 
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])

@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.launch import StepBuffers, StepWeights, pack_router
 from kernels.persistent.pack import pack_dense, pack_experts
 from kernels.persistent.sizes import StepSizes
 from quant.codecs import decode, encode
-from quant.formats import FP8_ROW, MXFP4
+from quant.formats import FP8_ROW, MXFP4, QuantFormat
 from quant.tensor import QuantTensor
 
 TINY = StepSizes(
@@ -37,9 +38,11 @@ class StepModel:
 
 
 def step_model(
-    sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", context: int = 512, seed: int = 0
-) -> StepModel:
-    s = replace(sizes, fp8=fp8)
+    sizes: StepSizes = TINY, *, fp8: bool, device: str = "cpu", context: int = 512, seed: int = 0,
+    experts_in: QuantFormat = MXFP4,
+) -> StepModel:  # fmt: skip
+    """experts_in: the experts' format; sizes must be those of its tiles, or are made so on a CPU"""
+    s = replace(sizes, fp8=fp8, tiles=EXPERT_TILES[experts_in.name])
     torch.manual_seed(seed)
 
     def normal(*shape: int, size: float) -> Tensor:
@@ -50,6 +53,10 @@ def step_model(
         return encode(plain, FP8_ROW) if fp8 else plain
 
     def experts(rows: int, columns: int) -> QuantTensor:
+        if experts_in is not MXFP4:
+            sized = columns**-0.5 * torch.rand(s.experts, rows, columns // 32, 1, device=device)
+            plain = torch.randn(s.experts, rows, columns // 32, 32, device=device) * (sized + 0.01)
+            return encode(plain.flatten(-2), experts_in)
         values = torch.randint(
             0, 256, (s.experts, rows, columns // 2), device=device, dtype=torch.uint8
         )
@@ -111,10 +118,7 @@ def step_weights(s, layers, embedding, head, final_norm) -> StepWeights:
     tiles.append(pack_dense(values(head), by_rows=True))
 
     def tiles_of_layer(layer) -> Tensor:
-        halves = [
-            pack_experts(layer[n].values, layer[n].scales, layer[f"{n}_bias"])
-            for n in ("gate_up", "down")
-        ]
+        halves = [pack_experts(layer[n], layer[f"{n}_bias"]) for n in ("gate_up", "down")]
         return torch.cat(halves, 1)
 
     return StepWeights(
