@@ -76,7 +76,9 @@ def more_bytes(config: ModelConfig, format: QuantFormat, *, fp8: bool) -> MoreBy
     stored = codes + scales * format.scale_dtype.itemsize
     padded = sum(expert_half_tiles(c)) * EXPERT_TILES[format.name].bytes
     packing = c.num_experts * stored + 12 * EXPERTS_AT_ONCE * codes
-    return MoreBytes(dense + c.num_layers * c.num_experts * (padded - stored), packing)
+    whole = 2 * 4 if format.tensor_scale else 0  # of both halves, which tiles have in every row
+    experts = c.num_layers * (c.num_experts * (padded - stored) - whole)
+    return MoreBytes(dense + experts, packing)
 
 
 def expert_half_tiles(config: ModelConfig) -> tuple[int, int]:

@@ -11,6 +11,8 @@ from kernels import moe_gemm, moe_gemv
 from kernels.compile_ahead import compile_ahead
 from kernels.moe_routing import route_tokens
 from kernels.packed_vector import activation_scale, packed_vectors, store_vector, unpack_vectors
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.pack import TiledExperts, pack_experts
 from kernels.reference import moe_gemm as gemm_twin
 from kernels.reference import moe_gemv as gemv_twin
 from kernels.swiglu import Swiglu
@@ -92,6 +94,26 @@ def test_many_tokens_at_full_width(layer, block_rows):
     outputs = moe_gemm.moe_gemm_down(expected, down, down_bias, routing)
     expected = gemm_twin.moe_gemm_down(expected, down, down_bias, routing)
     assert_close(outputs, expected, "moe_gemm_mxfp4_bf16")
+
+
+def test_many_tokens_through_tiles(layer):
+    """Of the persistent step, with the fewest and the most pairs of a block."""
+    gate_up, gate_up_bias, down, down_bias = layer
+    if gate_up.format.name not in EXPERT_TILES:
+        pytest.skip("has no tiles")
+    packed = pack_experts(gate_up, gate_up_bias), pack_experts(down, down_bias)
+    tiles = torch.cat(packed, 1)
+    tiled_up = TiledExperts(tiles, 0, gate_up.shape, gate_up.format)
+    tiled_down = TiledExperts(tiles, packed[0].shape[1], down.shape, down.format)
+    in_order = moe_gemm.in_chunk_order if tiled_up.facts.bits == 4 else lambda x: x
+    for block_rows in moe_gemm.TILES_OF_TILES:
+        x, routing = many_tokens(block_rows)
+        hidden = moe_gemm.moe_gemm_gate_up(x, tiled_up, gate_up_bias, routing, ACTIVATION)
+        expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
+        assert_close(hidden, in_order(expected), "moe_gemm_mxfp4_bf16")
+        outputs = moe_gemm.moe_gemm_down(in_order(expected), tiled_down, down_bias, routing)
+        expected = gemm_twin.moe_gemm_down(expected, down, down_bias, routing)
+        assert_close(outputs, expected, "moe_gemm_mxfp4_bf16")
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -6,8 +6,10 @@ import sys
 import pytest
 import torch
 
+from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.sizes import PHASES, StepSizes
 from kernels.sampling import make_state, sample
+from quant.formats import FORMATS
 from tests.oracles.step_model import expected_logits, step_model
 from tests.tolerances import assert_close
 
@@ -18,11 +20,12 @@ EXPERTS = {"gpt-oss-20b": 32, "gpt-oss-120b": 128}
 CONTEXT = 16384
 
 
-def sizes(experts: int, fp8: bool) -> StepSizes:
+def sizes(experts: int, fp8: bool, experts_in: str = "mxfp4") -> StepSizes:
     found = StepSizes(
         layers=2, width=2880, heads=64, kv_heads=8, head_width=64, experts=experts, top_k=4,
         hidden=2880, vocabulary=201088, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=fp8,
         programs=torch.cuda.get_device_properties(0).multi_processor_count,
+        tiles=EXPERT_TILES[experts_in],
     )  # fmt: skip
     return found.with_rings(227 << 10)
 
@@ -41,7 +44,7 @@ class Step:
             model.weights, model.buffers, self.state, model.rope, self._cache, model.table,
             self.logits,
         )  # fmt: skip
-        self._descriptors = launch.descriptors(model.weights)
+        self._descriptors = launch.descriptors(model.sizes, model.weights)
 
     def launch(self, *, draws: bool = False) -> None:
         self._launch.launch(self.model.sizes, self._tensors, self._descriptors, draws=draws)
@@ -65,6 +68,21 @@ def step(request):
 @pytest.mark.parametrize("position", [0, 5, 127, 128, 300, 8191, 16000])
 def test_it_is_its_twins(step, position):
     assert_close(step.at(position), expected_logits(step.model, position), "decode_step")
+
+
+# Of formats whose tiles are alike one; all of them are held to twins on a CPU.
+@pytest.mark.parametrize("fp8", [False, True], ids=["bf16", "fp8"])
+@pytest.mark.parametrize("experts_in", ["nvfp4", "mxfp8", "fp8_block128"])
+def test_every_format_of_experts(experts_in, fp8):
+    """Twice the same bits, and those of the twins within the tolerance."""
+    made = sizes(8, fp8, experts_in)
+    step = Step(
+        step_model(made, fp8=fp8, device="cuda", context=512, experts_in=FORMATS[experts_in])
+    )
+    for position in (5, 300):
+        logits = step.at(position)
+        assert_close(logits, expected_logits(step.model, position), "decode_step")
+        assert torch.equal(step.at(position), logits)
 
 
 def test_thousands_of_steps_have_the_same_bits(step):

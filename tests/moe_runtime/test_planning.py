@@ -10,6 +10,7 @@ from functools import cache
 import pytest
 import torch
 
+from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import pack_dense
 from loaders.checkpoint import open_files, open_folder
 from loaders.logical import logical_tensors
@@ -33,6 +34,7 @@ from moe_runtime.triton_backend import TritonBackend
 from quant import codecs
 from quant.formats import FP8_BLOCK128, FP8_ROW, MXFP4, MXFP8, NVFP4
 from tests.loaders.hub_server import ROOT
+from tests.oracles.expert_formats import write_with_experts
 from tests.oracles.published_headers import (
     deepseek_v3,
     deepseek_v4_flash,
@@ -188,16 +190,22 @@ def test_prediction_is_allocation(which, tiny):
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_tiles_take_what_is_planned_for_a_hopper_gpu(fp8):
+@pytest.mark.parametrize("format", ["demo", *EXPERT_TILES])
+def test_tiles_take_what_is_planned_for_a_hopper_gpu(fp8, format, tmp_path):
     """To the byte: experts in tiles in place of their rows, dense weights in both."""
-    with open_folder(BUNDLED["demo"]) as checkpoint:
+    folder = BUNDLED["demo"]
+    if format != "demo":
+        folder = tmp_path
+        write_with_experts(folder, format, d=160, f=96, heads=8, kv=2, hd=64, experts=4)
+    with open_folder(folder) as checkpoint:
         on_hopper = plan_checkpoint(checkpoint, H100, context=3000)
         elsewhere = plan_checkpoint(checkpoint, find_gpu("a100-80gb"), context=3000)
         opened = plan_model(checkpoint)
         config, cpu = opened.config, torch.device("cpu")
         stored = sum(opened.plan.nbytes[n] for n in opened.plan.nbytes if is_expert(n))
         weights = load_weights(checkpoint, opened.table, config.dims, config.num_layers, device=cpu)
-    relayout = persistent.relayout(config, cpu)
+    expert_format = weights["layers.0.moe.gate_up"].format
+    relayout = persistent.relayout(config, expert_format, cpu)
     for names in relayout.groups:
         weights |= relayout.take({name: weights[name] for name in names})
     dense = [n for n in weights if n == "head" or n.endswith(("attention.qkv", "attention.out"))]
@@ -210,7 +218,7 @@ def test_tiles_take_what_is_planned_for_a_hopper_gpu(fp8):
     row, plain = (
         next(row for row in report.what_if if row.name == name) for report in (on_hopper, elsewhere)
     )
-    more = more_bytes(config, fp8=fp8)
+    more = more_bytes(config, expert_format, fp8=fp8)
     assert tiles - stored == more.tiles
     besides = plain.total_bytes - plain.weight_bytes - RESERVE_BYTES
     grown = max(besides, more.packing) - besides
