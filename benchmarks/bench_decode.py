@@ -2,6 +2,7 @@
 
     python benchmarks/bench_decode.py --csv benchmarks/results/h100.csv
     python benchmarks/bench_decode.py --shape 120b --dense fp8 --context 128 --limit-s 240
+    python benchmarks/bench_decode.py --shape 20b --experts nvfp4
     python benchmarks/bench_decode.py --peer "python3 peer.py --model {shape} --context {contexts}"
 
 Each shape and dense format is opened once, in a process of its own, so the start is that of a
@@ -38,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 HERE = Path(__file__).resolve().parent
 SHAPES = ("20b", "120b")
 DENSE = ("as-published", "fp8")
+EXPERTS = ("mxfp4", "nvfp4", "mxfp8", "fp8-channel", "fp8-block")
 PROMPTS = (128, 2048)  # of first-token times
 # (GPU, shape, dense) -> tokens a second at context 128: what must be reached, and the aim.
 TARGETS = {
@@ -67,6 +69,7 @@ class Row:
 class Table:
     """All figures so far."""
 
+    experts: str = "mxfp4"  # format of the experts; targets are for the published one
     rows: list[Row] = field(default_factory=list)
 
     def add(self, row: Row, csv_path: Path | None) -> None:
@@ -143,7 +146,7 @@ class Table:
         share = ours("bandwidth_share")
         shape = model.removeprefix("gpt-oss-")
         named = next((g for g in ("H200", "H100") if g in gpu), "")
-        targets = TARGETS if context == 128 else {}
+        targets = TARGETS if context == 128 and self.experts == "mxfp4" else {}
         must, aim = targets.get((named, shape, dense), (None, None))
         first = [shown(ours("first_token_ms", n), ".1f") for n in PROMPTS]
         theirs = [shown(peers("first_token_ms", n), ".1f") for n in PROMPTS]
@@ -290,14 +293,16 @@ def measure_shape(
     options: argparse.Namespace, shape: str, table: Table, deadline: Deadline
 ) -> None:
     """Write the checkpoint if it is not there, measure it in each dense format, then the peer."""
-    folder = options.folder / f"gpt-oss-{shape}"
+    ending = "" if options.experts == "mxfp4" else f"-{options.experts}"
+    folder = options.folder / f"gpt-oss-{shape}{ending}"
     written = not (folder / "model.safetensors.index.json").exists()
     layers = ["--layers", str(options.layers)] if options.layers else []
     name = f"gpt-oss-{shape}" + (f" of {options.layers} layers" if options.layers else "")
     try:
         if written:
             writer = [sys.executable, str(HERE / "write_random_checkpoint.py"), "--shape", shape]
-            for line in deadline.lines([*writer, *layers, "--output", str(folder)], "writing"):
+            writer += ["--format", options.experts, *layers, "--output", str(folder)]
+            for line in deadline.lines(writer, "writing"):
                 print(line)
         for dense in options.dense:
             command = [sys.executable, __file__, "--child", "--folder", str(folder)]
@@ -331,6 +336,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--shape", action="append", choices=SHAPES, help="default: both")
     parser.add_argument("--dense", action="append", choices=DENSE, help="default: both")
+    parser.add_argument("--experts", choices=EXPERTS, default="mxfp4", help="format of the experts")
     parser.add_argument("--context", action="append", type=int, help="default: 128 and 8192")
     parser.add_argument("--tokens", type=int, default=256, help="new tokens that are timed")
     parser.add_argument("--repeats", type=int, default=3)
@@ -359,7 +365,7 @@ def main() -> None:
         run_child(options)
         return
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    table, deadline = Table(), Deadline(options.limit_s)
+    table, deadline = Table(options.experts), Deadline(options.limit_s)
     try:
         for shape in options.shape:
             try:

@@ -1,6 +1,7 @@
 """Write a full-size GPT-OSS or DeepSeek checkpoint of random weights in the published format.
 
     python benchmarks/write_random_checkpoint.py --shape 20b --output /dev/shm/gpt-oss-20b
+    python benchmarks/write_random_checkpoint.py --shape 20b --format nvfp4 --output /dev/shm/20b-4
     python benchmarks/write_random_checkpoint.py --shape v2-lite --format fp8 --output /dev/shm/v2
     python benchmarks/write_random_checkpoint.py --shape v3 --layers 6 --output /dev/shm/v3
     python benchmarks/write_random_checkpoint.py --shape v4-flash --layers 16 --output /dev/shm/v4
@@ -18,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 SHAPES = {"20b": (24, 32), "120b": (36, 128)}  # layers, experts
 WIDTH, EXPERT_WIDTH, VOCAB = 2880, 2880, 201088
 HEADS, KV_HEADS, HEAD_WIDTH = 64, 8, 64
@@ -44,6 +47,16 @@ DTYPES = {
     "I64": (torch.int64, 8),
 }
 _E4M3_NAN = 127  # of either sign
+# (part, dtype, bits of a code) of experts -> how numbers are drawn
+EXPERT_KINDS = {
+    ("values", "U8", 4): "codes",
+    ("values", "F8_E4M3", 8): "e4m3",
+    ("scales", "U8", 4): "scales",
+    ("scales", "U8", 8): "e4m3 scales",
+    ("scales", "F8_E4M3", 4): "scales of 16",
+    ("scales", "F32", 8): "block scales",
+    ("tensor_scale", "F32", 4): "tensor scale",
+}
 _NAMED_EXPERTS = 256  # of which a table of experts by token id names some
 
 
@@ -61,8 +74,11 @@ class Entry:
         return math.prod(self.shape) * DTYPES[self.dtype][1]
 
 
-def entries(layers: int, experts: int) -> list[Entry]:
-    """All tensors of a GPT-OSS of this size, in the Hugging Face layout."""
+def entries(layers: int, experts: int, format: str) -> list[Entry]:
+    """All tensors of a GPT-OSS of this size, in the Hugging Face layout.
+
+    format: of the experts, as `convert --to` names it
+    """
     q, kv = HEADS * HEAD_WIDTH, KV_HEADS * HEAD_WIDTH
     found = [
         Entry("model.embed_tokens.weight", "BF16", (VOCAB, WIDTH), "weight"),
@@ -92,15 +108,28 @@ def entries(layers: int, experts: int) -> list[Entry]:
             ("down_proj", WIDTH, EXPERT_WIDTH),
         ):
             stem = f"{mlp}experts.{name}"
-            groups = columns // 32
-            found.append(Entry(stem + "_blocks", "U8", (experts, rows, groups, 16), "codes"))
-            found.append(Entry(stem + "_scales", "U8", (experts, rows, groups), "scales"))
+            found += expert_entries(stem, (experts, rows, columns), format)
             found.append(Entry(stem + "_bias", "BF16", (experts, rows), "small"))
     return found
 
 
-def config(layers: int, experts: int) -> dict:
-    """config.json with the published keys."""
+def expert_entries(stem: str, shape: tuple[int, ...], format: str) -> list[Entry]:
+    """Codes and scales of stacked experts, named as `convert` names them."""
+    from moe_runtime.conversion.layouts import GPT_OSS, written_parts  # slow imports
+    from quant.formats import TARGETS
+
+    found = []
+    for kind, part in written_parts(GPT_OSS, stem, shape, TARGETS[format]).items():
+        key = (kind, part.dtype, TARGETS[format].value_bits)
+        found.append(Entry(part.name, part.dtype, part.shape, EXPERT_KINDS[key]))
+    return found
+
+
+def config(layers: int, experts: int, format: str) -> dict:
+    """config.json with the published keys; experts in other formats are named as `convert` does."""
+    quantized = {"quant_method": "mxfp4"}
+    if format != "mxfp4":
+        quantized = {"quant_method": "moe_runtime", "format": format}
     return {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
@@ -120,14 +149,14 @@ def config(layers: int, experts: int) -> dict:
         "num_hidden_layers": layers,
         "num_key_value_heads": KV_HEADS,
         "num_local_experts": experts,
-        "quantization_config": {
+        "quantization_config": quantized
+        | {
             "modules_to_not_convert": [
                 "model.layers.*.self_attn",
                 "model.layers.*.mlp.router",
                 "model.embed_tokens",
                 "lm_head",
             ],
-            "quant_method": "mxfp4",
         },
         "rms_norm_eps": 1e-05,
         "rope_scaling": {
@@ -156,6 +185,10 @@ def draw(kind: str, dtype: str, items: int, seed: int, device: torch.device) -> 
         numbers = torch.randint(119, 122, (items,), dtype=torch.uint8, **place)
     elif kind == "e4m3 scales":  # uniform codes have a deviation of 116
         numbers = torch.randint(113, 116, (items,), dtype=torch.uint8, **place)
+    elif kind == "scales of 16":  # E4M3 of 0.75 to 1.25
+        numbers = torch.randint(0x34, 0x3B, (items,), dtype=torch.uint8, **place)
+    elif kind == "tensor scale":  # uniform codes of E2M1 have a deviation of 3
+        numbers = torch.full((items,), 0.02 / 3, device=device)
     elif kind == "experts":
         numbers = torch.randint(0, _NAMED_EXPERTS, (items,), **place)
     elif kind == "e4m3":
@@ -245,7 +278,8 @@ def described(shape: str, layers: int | None, format: str | None) -> tuple[list[
     published, experts = SHAPES[shape]
     layers = layers or published
     generation = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
-    return entries(layers, experts), config(layers, experts), generation
+    sizes = (layers, experts, format or "mxfp4")
+    return entries(*sizes), config(*sizes), generation
 
 
 def main() -> None:
@@ -254,7 +288,11 @@ def main() -> None:
     )
     names = (*SHAPES, *random_deepseek.SHAPES, *random_deepseek_v4.SHAPES)
     parser.add_argument("--shape", choices=names, default="20b")
-    parser.add_argument("--format", choices=("bf16", "fp8"), help="of V2's and V3's weights")
+    parser.add_argument(
+        "--format",
+        choices=("bf16", "fp8", "mxfp4", "nvfp4", "mxfp8", "fp8-channel", "fp8-block"),
+        help="of V2's and V3's weights (bf16, fp8), or of GPT-OSS's experts (the others)",
+    )
     parser.add_argument("--layers", type=int, help="fewer layers than published, to try things out")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)

@@ -12,6 +12,7 @@ from loaders.checkpoint import open_files, open_folder
 from loaders.weights import load_weights
 from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.models.registry import plan_model
+from quant.formats import TARGETS
 from tests.oracles import published_headers
 from tests.oracles.published_headers import HeaderFiles
 
@@ -50,6 +51,16 @@ def test_tensors_are_those_that_are_published(script, shape, published):
     mtp = ("mtp.", "model.layers.61.")
     wanted = {n: t for n, t in files.tensors.items() if not n.startswith(mtp)}
     assert headers(script, shape).tensors == wanted
+
+
+@pytest.mark.parametrize("format", ["mxfp4", "nvfp4", "mxfp8", "fp8-channel", "fp8-block"])
+def test_experts_in_every_format_are_read(script, format):
+    found, config, _ = script.described("20b", 2, format)
+    files = HeaderFiles(config, {entry.name: (entry.dtype, entry.shape) for entry in found})
+    with open_files(files) as checkpoint:
+        plan = plan_model(checkpoint).plan
+    formats = {w.format for w in plan.weights if w.name.endswith(("gate_up", "down"))}
+    assert formats == {TARGETS[format]}
 
 
 @pytest.mark.parametrize(
