@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from kernels.persistent.formats import EXPERT_TILES, TILE_COLUMNS, TILE_ROWS
 from kernels.persistent.pack import tiles_of
+from kernels.persistent.sizes import cdiv, router_blocks
 from loaders.logical_schemes import scale_shape
 from moe_runtime.config import ModelConfig
 from moe_runtime.plan import MoreBytes
@@ -54,14 +55,18 @@ def tiled_format(
 def more_bytes(config: ModelConfig, format: QuantFormat, *, fp8: bool) -> MoreBytes:
     """What tiles take beside the weights as stored, the experts' being in `format`.
 
-    Dense weights stand in rows for prompts and in tiles for the step, in FP8 or bf16. Experts stand
-    in tiles only, which are padded; while a layer's are packed it is there a second time, and a few
-    of its experts in wider types.
+    Dense weights stand in rows for prompts and in tiles for the step, in FP8 or bf16; rows of the
+    router stand there behind the output projection's. Experts stand in tiles only, which are
+    padded; while a layer's are packed it is there a second time, and a few of its experts in wider
+    types.
     """
     c = config
+    mixed_rows = (
+        cdiv(c.model_width, TILE_ROWS) + router_blocks(c.num_experts, fp8=fp8)
+    ) * TILE_ROWS
     shapes = {
         "qkv": (c.qkv_width, c.model_width),
-        "out": (c.model_width, c.attention_width),
+        "out": (mixed_blocks * TILE_ROWS, c.attention_width),
         "head": (c.vocab_size, c.model_width),
     }
     each = {

@@ -9,13 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from kernels.persistent.exchange import (
-    publish,
-    sum_of,
-    wait_for_tagged,
-    wait_for_two_sums,
-    words_now,
-)
+from kernels.persistent.exchange import publish, wait_for_tagged, wait_for_two_sums
 from kernels.persistent.gluon_names import seen_as, wait_for_warps
 from kernels.persistent.stamps import ATTENTION, READY, stamp
 
@@ -102,19 +96,8 @@ def _qkv_places(kv_head, S: gl.constexpr):
 
 
 @gluon.jit
-def qkv_words(sums, kv_head, S: gl.constexpr):
-    """What the sums of a kv head's rows are now; all loads are under way together.
-
-    Called between two phases that add to them: the next use begins from here.
-    """
-    _, place = _qkv_places(kv_head, S)
-    lo = words_now(sums + place)
-    return lo, words_now(sums + place + S.head_width // 2)
-
-
-@gluon.jit
 def _turn(
-    old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs,
+    layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin, qs,
     trace, S: gl.constexpr,
 ):  # fmt: skip
     """Wait for a kv head's queries, key and value; finish and rotate them; rows of qs, in bf16."""
@@ -135,10 +118,8 @@ def _turn(
     groups = gl.arange(0, PARTS, layout=EACH)
     found = wait_for_tagged(squares + gl.minimum(groups, S.norm_groups - 1), tag, 4)
     factor = gl.rsqrt(gl.sum(gl.where(groups < S.norm_groups, found, 0.0), 0) / S.width + S.eps)
-    complete = gl.zeros_like(old_lo) + S.width_columns
     at = qkv + place
-    lo, hi = wait_for_two_sums(at, at + C // 2, old_lo, old_hi, complete)
-    lo, hi = sum_of(lo, old_lo), sum_of(hi, old_hi)
+    lo, hi = wait_for_two_sums(at, at + C // 2, S.width_columns)
     stamp(trace, layer, ATTENTION, READY, True, S)
     if S.fp8:
         lo = lo * (factor * scale_lo) + bias_lo
@@ -156,7 +137,7 @@ def _turn(
 
 @gluon.jit
 def attend(
-    old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
+    layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
     attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -168,7 +149,7 @@ def attend(
     """
     if split < used:
         _attend_part(
-            old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv,
+            layer, kv_head, split, used, per, position, first, tag, squares, qkv,
             parts, attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs,
             trace, S,
         )  # fmt: skip
@@ -180,7 +161,7 @@ def attend(
 
 @gluon.jit
 def _attend_part(
-    old_lo, old_hi, layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
+    layer, kv_head, split, used, per, position, first, tag, squares, qkv, parts,
     attention, qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace,
     S: gl.constexpr,
 ):  # fmt: skip
@@ -209,7 +190,7 @@ def _attend_part(
     k_lo, k_hi, v = _cached_block(k_at, v_at, slot, end - begin, slots, C)
     k_lo, k_hi, v = _as_operands(k_lo, k_hi, v)
     _turn(
-        old_lo, old_hi, layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin,
+        layer, kv_head, position, tag, squares, qkv, qkv_scale, qkv_bias, cos, sin,
         qs, trace, S,
     )  # fmt: skip
     rows = seen_as(qs, gl.bfloat16, [32, C // 2], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))

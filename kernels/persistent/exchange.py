@@ -26,16 +26,15 @@ PATIENCE = 1 << 23
 
 
 def _poll_sums(n: int) -> gl.constexpr:
-    """$0.. words; then addresses, old words, counts: until every word has its count more."""
-    lines = ["{", ".reg .b64 d, all;", ".reg .pred p;", ".reg .b32 turns;", "mov.b32 turns, 0;"]
+    """$0.. words; then addresses, counts: until every word has its count."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 d, all, turns;", "mov.b32 turns, 0;"]
     lines.append("again:")
     lines += [f"ld.relaxed.gpu.global.b64 ${i}, [${n + i}];" for i in range(n)]
     lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
-    lines.append("mov.b64 all, 0;")
+    lines.append("mov.b32 all, 0;")
     for i in range(n):
-        lines.append(f"sub.s64 d, ${i}, ${2 * n + i}; sub.s64 d, d, ${3 * n + i};")
-        lines.append("and.b64 d, d, 255; or.b64 all, all, d;")
-    lines += ["setp.ne.s64 p, all, 0;", "@p bra again;", "}"]
+        lines.append(f"cvt.u32.u64 d, ${i}; xor.b32 d, d, ${2 * n + i}; or.b32 all, all, d;")
+    lines += ["and.b32 all, all, 255; setp.ne.s32 p, all, 0;", "@p bra again;", "}"]
     return gl.constexpr("\n".join(lines))
 
 
@@ -58,21 +57,20 @@ def _constraints(out: str, *inputs: str, n: int) -> gl.constexpr:
 
 
 def _poll_two() -> gl.constexpr:
-    """$0 $1 and $2 $3 words of two tensors; then addresses, old words, counts likewise."""
-    lines = ["{", ".reg .b64 d, all;", ".reg .pred p;", ".reg .b32 turns;", "mov.b32 turns, 0;"]
+    """$0 $1 and $2 $3 words of two tensors; then addresses likewise, counts."""
+    lines = ["{", ".reg .pred p;", ".reg .b32 d, all, turns;", "mov.b32 turns, 0;"]
     lines.append("again:")
     lines += [f"ld.relaxed.gpu.global.b64 ${i}, [${4 + i}];" for i in range(4)]
     lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
-    lines.append("mov.b64 all, 0;")
+    lines.append("mov.b32 all, 0;")
     for i in range(4):
-        lines.append(f"sub.s64 d, ${i}, ${8 + i}; sub.s64 d, d, ${12 + i % 2};")
-        lines.append("and.b64 d, d, 255; or.b64 all, all, d;")
-    lines += ["setp.ne.s64 p, all, 0;", "@p bra again;", "}"]
+        lines.append(f"cvt.u32.u64 d, ${i}; xor.b32 d, d, ${8 + i % 2}; or.b32 all, all, d;")
+    lines += ["and.b32 all, all, 255; setp.ne.s32 p, all, 0;", "@p bra again;", "}"]
     return gl.constexpr("\n".join(lines))
 
 
 _TWO = _poll_two()
-_TWO_CONSTRAINTS = gl.constexpr(",".join(["=&l"] * 4 + ["l"] * 10))
+_TWO_CONSTRAINTS = gl.constexpr(",".join(["=&l"] * 4 + ["l"] * 4 + ["r"] * 2))
 
 # $0 a word, or anything where $3 is zero; $1 its address, $2 what it is compared with.
 _ONE_WORD = """{{
@@ -101,17 +99,37 @@ SIGNED = gl.constexpr(
     f"add.u32 turns, turns, 1; setp.gt.u32 p, turns, {PATIENCE}; @p trap;"
     "setp.ne.s64 p, d, 0; @p nanosleep.u32 64; @p bra again; }"
 )
-NOW = gl.constexpr("ld.relaxed.gpu.global.b64 $0, [$1];")
+
+
+def _poll_residual(n: int) -> str:
+    """$0 sum of squares of n words as integers; $1 one more word, or zero.
+
+    $2 address of the first word, whose next are 256 words apart; $3 of the last, $4 whether that
+    counts; $5 count of these. $6 address of the one more, $7 its count, $8 whether it is asked for.
+    """
+    words = [f"w{i}" for i in range(n)]
+    lines = ["{", f".reg .b64 {', '.join(words)};", ".reg .pred p, on, in; .reg .f32 f;"]
+    lines += [".reg .b32 d, all, turns; mov.b32 turns, 0; mov.b64 $1, 0; mov.f32 $0, 0f00000000;"]
+    lines += ["setp.ne.s32 in, $4, 0; setp.ne.s32 on, $8, 0;", "again:"]
+    at = [f"$2 + {2048 * i}" for i in range(n - 1)] + ["$3"]
+    lines += [f"ld.relaxed.gpu.global.b64 {w}, [{a}];" for w, a in zip(words, at, strict=True)]
+    lines += ["@on ld.relaxed.gpu.global.b64 $1, [$6];", "mov.b32 all, 0;"]
+    lines += ["add.u32 turns, turns, 1;", f"setp.gt.u32 p, turns, {PATIENCE};", "@p trap;"]
+    for w in words:
+        lines.append(f"cvt.u32.u64 d, {w}; xor.b32 d, d, $5; or.b32 all, all, d;")
+    lines += ["cvt.u32.u64 d, $1; xor.b32 d, d, $7;", "@on or.b32 all, all, d;"]
+    lines += ["and.b32 all, all, 255; setp.ne.s32 p, all, 0;", "@p bra again;"]
+    for i, w in enumerate(words):
+        lines.append(f"shr.s64 {w}, {w}, 8; cvt.rn.f32.s64 f, {w};")
+        lines.append(("@in " if i == n - 1 else "") + "fma.rn.f32 $0, f, f, $0;")
+    return "\n".join([*lines, "}"])
+
+
+RESIDUAL = gl.constexpr(tuple(_poll_residual(max(1, n)) for n in range(17)))
 _SUMS_1, _SUMS_2, _SUMS_4 = _poll_sums(1), _poll_sums(2), _poll_sums(4)
 _TAGGED_1, _TAGGED_2, _TAGGED_4 = _poll_tagged(1), _poll_tagged(2), _poll_tagged(4)
-_S1, _S2, _S4 = (_constraints("l", "l", "l", "l", n=n) for n in (1, 2, 4))
+_S1, _S2, _S4 = (_constraints("l", "l", "r", n=n) for n in (1, 2, 4))
 _T1, _T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (1, 2, 4))
-
-
-@gluon.jit
-def words_now(ptrs):
-    """The words at ptrs as they are in memory at this moment."""
-    return gl.inline_asm_elementwise(NOW, "=l,l", [ptrs], dtype=gl.int64, is_pure=False, pack=1)
 
 
 @gluon.jit
@@ -163,33 +181,54 @@ def wait_for_all_to_sign(ptr, count):
 
 
 @gluon.jit
-def wait_for_sums(ptrs, old, count, PACK: gl.constexpr):
-    """The words at ptrs once each has `count` (int64 tensor) contributions more than in old.
+def wait_for_sums(ptrs, count, PACK: gl.constexpr):
+    """What was added to the words at ptrs since they were zero, in fp32, once each has `count`
+    contributions.
 
     PACK: words that a thread asks for at a time; divides the words it has
     """
+    counts = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + count
     if PACK == 1:
         words = gl.inline_asm_elementwise(
-            _SUMS_1, _S1, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=1
+            _SUMS_1, _S1, [ptrs, counts], dtype=gl.int64, is_pure=False, pack=1
         )
     elif PACK == 2:
         words = gl.inline_asm_elementwise(
-            _SUMS_2, _S2, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=2
+            _SUMS_2, _S2, [ptrs, counts], dtype=gl.int64, is_pure=False, pack=2
         )
     else:
         words = gl.inline_asm_elementwise(
-            _SUMS_4, _S4, [ptrs, old, count], dtype=gl.int64, is_pure=False, pack=4
+            _SUMS_4, _S4, [ptrs, counts], dtype=gl.int64, is_pure=False, pack=4
         )
-    return words
+    return sum_of(words)
 
 
 @gluon.jit
-def wait_for_two_sums(ptrs, ptrs2, old, old2, count):
-    """wait_for_sums of two tensors at once."""
-    return gl.inline_asm_elementwise(
-        _TWO, _TWO_CONSTRAINTS, [ptrs, ptrs2, old, old2, count], dtype=(gl.int64, gl.int64),
-        is_pure=False, pack=2,
+def wait_for_residual(x_ptr, count, WIDTH: gl.constexpr, sums, sum_count, mask):
+    """Parts [256] of the sum of squares of WIDTH words, each with `count` contributions; and with
+    it the words `sums` [256] where the mask is set, each with `sum_count`. All in one round."""
+    L: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    N: gl.constexpr = (WIDTH + 255) // 256
+    i = gl.arange(0, 256, layout=L)
+    last = i + (N - 1) * 256
+    squares, words = gl.inline_asm_elementwise(
+        RESIDUAL[N], "=&f,=&l,l,l,r,r,l,r,r",
+        [x_ptr + i, x_ptr + gl.minimum(last, WIDTH - 1), (last < WIDTH).to(gl.int32),
+         gl.zeros_like(i) + count, sums, gl.zeros_like(i) + sum_count, mask.to(gl.int32)],
+        dtype=(gl.float32, gl.int64), is_pure=False, pack=1,
     )  # fmt: skip
+    return squares * (_TINY * _TINY), words
+
+
+@gluon.jit
+def wait_for_two_sums(ptrs, ptrs2, count):
+    """wait_for_sums of two tensors at once."""
+    counts = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + count
+    one, two = gl.inline_asm_elementwise(
+        _TWO, _TWO_CONSTRAINTS, [ptrs, ptrs2, counts], dtype=(gl.int64, gl.int64), is_pure=False,
+        pack=2,
+    )  # fmt: skip
+    return sum_of(one), sum_of(two)
 
 
 @gluon.jit
@@ -223,9 +262,9 @@ def wait_for_tagged_if(ptrs, tag, mask):
 
 
 @gluon.jit
-def sum_of(words, old):
-    """fp32 value of what was added since old."""
-    return ((words - old) >> 8).to(gl.float32) * _TINY
+def sum_of(words):
+    """fp32 value of what was added since a word was zero."""
+    return (words >> 8).to(gl.float32) * _TINY
 
 
 @gluon.jit

@@ -24,7 +24,7 @@ class StepWeights:
     """A model's weights as the kernel reads them. L layers, D width, F expert width, E experts."""
 
     embedding: Tensor  # [V, D] bf16
-    dense: Tensor  # [tiles, bytes]: of each layer qkv and output projection, then the head
+    dense: Tensor  # [tiles, bytes]: of each layer qkv and mixed_projection, then the head
     experts: Tensor  # [L * E * tiles, bytes]: of each expert gate_up, then down
     norms: Tensor  # [L, D]
     moe_norms: Tensor  # [L, D]
@@ -32,7 +32,7 @@ class StepWeights:
     qkv_scale: Tensor  # [L, rows] fp32, read if FP8, as are the other scales
     qkv_bias: Tensor
     sinks: Tensor  # [L, H]
-    out_scale: Tensor  # [L, D]
+    out_scale: Tensor  # [L, rows of mixed_projection], as the biases
     out_bias: Tensor
     router: Tensor  # [L, parts, E, 64], see pack_router
     router_bias: Tensor  # [L, E]
@@ -51,19 +51,14 @@ class StepBuffers:
     def allocate(cls, sizes: StepSizes, device: torch.device) -> StepBuffers:
         """Zeros."""
         s = sizes
-        blocks = s.out_blocks + s.qkv_blocks + 2 * s.top_k * s.gate_up_blocks
-        words = blocks * TILE_ROWS + 2 * padded_experts(s) + 2 + s.layers * s.gate_up_columns
+        blocks = s.out_blocks + 2 * (s.qkv_blocks + s.top_k * s.gate_up_blocks)
+        words = blocks * TILE_ROWS + 2 * s.padded_experts + 2 + s.layers * s.gate_up_columns
         parts = s.splits * (s.attention_width + 2 * s.heads) + DRAW_WORDS * s.programs
         return cls(
             torch.zeros(1, dtype=torch.int32, device=device),
             torch.zeros(2 * words, dtype=torch.int64, device=device),
-            torch.zeros(320 + s.attention_width + parts, dtype=torch.int64, device=device),
+            torch.zeros(256 + s.attention_width + parts, dtype=torch.int64, device=device),
         )
-
-
-def padded_experts(sizes: StepSizes) -> int:
-    """Experts as a block of numbers."""
-    return max(32, 1 << (sizes.experts - 1).bit_length())
 
 
 def pack_router(router: Tensor) -> Tensor:
@@ -171,9 +166,4 @@ def compile_step(sizes: StepSizes, device: torch.device) -> None:
 
 
 def _options(sizes: StepSizes) -> dict[str, Any]:
-    return {
-        "S": sizes,
-        "E2": padded_experts(sizes),
-        "num_warps": 8,
-        "launch_cooperative_grid": True,
-    }
+    return {"S": sizes, "num_warps": 8, "launch_cooperative_grid": True}

@@ -36,7 +36,8 @@ from kernels.persistent.formats import (
     TILE_ROWS,
     ExpertTiles,
 )
-from kernels.persistent.sizes import cdiv
+from kernels.persistent.sizes import StepSizes, cdiv
+from quant.codecs import decode
 from quant.e8m0 import decode_e8m0
 from quant.formats import QuantFormat
 from quant.tensor import QuantTensor
@@ -121,6 +122,50 @@ def unpack_dense(
     halves = halves.permute(0, 3, 1, 2, 4, 5) if by_rows else halves.permute(1, 3, 0, 2, 4, 5)
     matrix = halves.reshape(down * TILE_ROWS, -1).view(dtype)
     return matrix[:rows, :columns].contiguous()
+
+
+def mixed_projection(
+    sizes: StepSizes, out: Tensor | QuantTensor, bias: Tensor, router: Tensor, norm: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A layer's output projection, and behind it rows that give the experts' logits.
+
+    out:     [D, A] bf16, or FP8 with scales of rows
+    bias:    [D] bf16
+    router:  [E, D] bf16
+    norm:    [D] bf16, of the norm in front of the experts
+    returns  [R, A] bf16 or FP8 codes; [R] fp32 scales of FP8's rows; [R] bf16 biases
+
+    What attention's outputs a give to the residual, out @ a + bias, gives (router * norm) @ (out @
+    a + bias) to the logits: that product of matrices stands behind the padded rows of out as terms
+    that add up to it, term by term, each of padded_experts rows. Two terms of bf16 hold 16 bits,
+    three of E4M3, each 1/16 of the last, 12.
+    """
+    s = sizes
+    plain = decode(out).float() if isinstance(out, QuantTensor) else out.float()
+    weighted = router.float() * norm.float()
+    rest, constant = weighted @ plain, weighted @ bias.float()
+    rows = torch.zeros(s.mixed_blocks * TILE_ROWS, plain.shape[1], device=plain.device)
+    rows = rows.to(torch.float8_e4m3fn if s.fp8 else torch.bfloat16)
+    scales = torch.zeros(len(rows), device=rows.device)
+    biases = torch.zeros(len(rows), dtype=torch.bfloat16, device=rows.device)
+    if isinstance(out, QuantTensor):
+        assert out.scales is not None
+        scales[: len(plain)] = out.scales.view(-1)
+    rows[: len(plain)] = out.values if isinstance(out, QuantTensor) else out
+    biases[: len(plain)] = bias
+    largest = rest.abs().amax(1).clamp(min=2.0**-100)
+    scale = torch.exp2(torch.ceil(torch.log2(largest / 448))) if s.fp8 else torch.ones_like(largest)
+    for term in range(s.router_terms):
+        begin = s.out_blocks * TILE_ROWS + term * s.padded_experts
+        at = slice(begin, begin + s.experts)
+        rows[at] = (rest / scale[:, None]).to(rows.dtype)
+        rest = rest - rows[at].float() * scale[:, None]
+        biases[at] = constant.to(torch.bfloat16)
+        constant = constant - biases[at].float()
+        scales[at] = scale
+        if s.fp8:
+            scale = scale / 16
+    return rows, scales, biases
 
 
 def pack_experts(weight: QuantTensor, bias: Tensor) -> Tensor:

@@ -30,12 +30,12 @@ def dense_producer(desc128, desc32, big, small, full, empty, S: gl.constexpr):
     """One warp: every dense tile of this program, in the order in which they are multiplied."""
     program = gl.program_id(0)
     qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
-    out_column, out0, out1 = share(program, S.out_columns, S.out_blocks, S)
+    out_column, out0, out1 = share(program, S.out_columns, S.mixed_blocks, S)
     n = 0
     for layer in range(S.layers):
         base = layer * S.layer_tiles + qkv_column * S.qkv_blocks
         n = _dense_line(desc128, desc32, base, qkv0, qkv1, n, big, small, full, empty, S)
-        base = layer * S.layer_tiles + S.qkv_tiles + out_column * S.out_blocks
+        base = layer * S.layer_tiles + S.qkv_tiles + out_column * S.mixed_blocks
         n = _dense_line(desc128, desc32, base, out0, out1, n, big, small, full, empty, S)
     first = S.head_blocks * program // S.programs * S.width_columns
     last = S.head_blocks * (program + 1) // S.programs * S.width_columns

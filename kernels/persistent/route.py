@@ -1,80 +1,80 @@
-"""The router: parts of the logits by some programs, the choice of experts by all."""
+"""The router: logits in parts by many programs, the choice of experts by all.
+
+An expert's logit is its row of the router times the normed residual behind attention. That is what
+the residual in front of it gives, and what the output projection adds; the latter is a row times
+attention's outputs, router x norm x output projection, which stands in tiles behind those of the
+output projection (see router_rows in launch.py). So the logits are there when the residual is.
+"""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.persistent.exchange import (
     add_to_sums,
-    publish,
+    sign,
     sum_of,
+    wait_for_all_to_sign,
+    wait_for_residual,
     wait_for_sums,
-    wait_for_sums_if,
-    wait_for_tagged_if,
 )
 from kernels.persistent.gluon_names import wait_for_warps
-from kernels.persistent.shares import duty
 from kernels.persistent.stamps import READY, ROUTER, stamp
 
 
 @gluon.jit
 def route_part(
-    program, layer, x_ptr, norm_ptr, router, count, tag, sums, squares, trace, S: gl.constexpr,
-    E2: gl.constexpr,
+    part, layer, x_ptr, norm_ptr, router, count, signed, sums, S: gl.constexpr
 ):  # fmt: skip
-    """128 columns of the router: their part of all experts' logits, and their squares."""
+    """What 128 numbers of the residual in front of attention give to all experts' logits.
+
+    The program signs that it has read them; nothing is added before all have signed.
+    """
     L: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    e = gl.arange(0, E2, layout=gl.SliceLayout(1, L))
+    e = gl.arange(0, S.padded_experts, layout=gl.SliceLayout(1, L))
     i = gl.arange(0, 128, layout=gl.SliceLayout(0, L))
-    k = program * 128 + i
+    k = part * 128 + i
     inside = k < S.width
     row = gl.minimum(e, S.experts - 1)
     w = gl.load(
-        router
-        + ((layer * S.router_programs + program) * S.experts + row)[:, None] * 128
-        + i[None, :]
+        router + ((layer * S.router_programs + part) * S.experts + row)[:, None] * 128 + i[None, :]
     )
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
-    zero = gl.zeros_like(k.to(gl.int64))
-    x = gl.where(inside, sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 4), zero), 0.0)
-    stamp(trace, layer, ROUTER, READY, True, S)
+    x = gl.where(inside, wait_for_sums(x_ptr + k, count, 4), 0.0)
     z = gl.sum(w.to(gl.float32) * (x * weight)[None, :], 1)
+    wait_for_warps()
+    sign(signed)
+    wait_for_all_to_sign(signed, (layer + 1) * S.programs)
+    wait_for_warps()
     add_to_sums(sums + row, z, 1, e < S.experts)
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    one = gl.arange(0, 1, layout=ONE)
-    publish(
-        squares + program + one,
-        gl.zeros([1], gl.float32, layout=ONE) + gl.sum(x * x, 0),
-        tag,
-        one == 0,
-    )
 
 
 @gluon.jit
 def choose(
-    layer, bias, tag, sums, squares, shared, trace, S: gl.constexpr, E2: gl.constexpr
+    layer, bias, x_ptr, count, sums, shared, trace, S: gl.constexpr
 ):  # fmt: skip
     """The experts of this token by falling logit, their weights, the norm's factor.
 
     One thread waits for each number; then every warp chooses alone: 128 logits are four a lane.
     """
     ALL: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    EACH: gl.constexpr = gl.BlockedLayout([E2 // 32], [32], [8], [0])
-    PARTS: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    e = gl.arange(0, E2, layout=EACH)
+    EACH: gl.constexpr = gl.BlockedLayout([S.padded_experts // 32], [32], [8], [0])
+    PARTS: gl.constexpr = gl.BlockedLayout([8], [32], [8], [0])
+    e = gl.arange(0, S.padded_experts, layout=EACH)
     row = gl.minimum(e, S.experts - 1)
     add = gl.load(bias + layer * S.experts + row).to(gl.float32)
     i = gl.arange(0, 256, layout=ALL)
-    words = wait_for_sums_if(sums + gl.minimum(i, S.experts - 1), S.router_programs, i < S.experts)
-    part = gl.minimum(gl.maximum(i - 128, 0), S.router_programs - 1)
-    found = wait_for_tagged_if(squares + part, tag, (i >= 128) & (i < 128 + S.router_programs))
-    shared.store(gl.where(i < 128, sum_of(words, gl.zeros_like(words)), found))
+    squares, words = wait_for_residual(
+        x_ptr, count, S.width, sums + gl.minimum(i, S.experts - 1), S.logit_parts, i < S.experts
+    )
+    both = gl.join(sum_of(words), squares).permute([1, 0])
+    # In one store: the compiler puts a barrier between two.
+    shared.store(both.reshape([512]))
     wait_for_warps()
-    stamp(trace, layer, ROUTER, READY, duty(gl.program_id(0), S) >= S.router_programs, S)
-    p = gl.arange(0, 32, layout=PARTS)
-    squared = gl.where(p < S.router_programs, shared.slice(128, 32).load(PARTS), 0.0)
-    factor = gl.rsqrt(gl.sum(squared, 0) / S.width + S.eps)
-    logits = shared.slice(0, E2).load(EACH) * factor + add
+    stamp(trace, layer, ROUTER, READY, True, S)
+    squared = gl.sum(shared.slice(256, 256).load(PARTS), 0)
+    factor = gl.rsqrt(squared / S.width + S.eps)
+    logits = shared.slice(0, S.padded_experts).load(EACH) * factor + add
     bits = logits.to(gl.int32, bitcast=True)
     key = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # orders as the floats do
     # NaN (weights that overflow) must not lead to an expert that does not exist.

@@ -22,22 +22,6 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
 
 
 @gluon.jit
-def duty(program, S: gl.constexpr):
-    """A program's place in the order in which programs take parts of the router.
-
-    First those without tiles that are given out, then the last of each column of tiles: they come
-    later to their experts' tiles, so no column should have many of them.
-    """
-    EACH: gl.constexpr = S.programs // S.gate_up_columns
-    ACTIVE: gl.constexpr = EACH * S.gate_up_columns
-    before = program * ACTIVE // S.programs
-    works = (program + 1) * ACTIVE // S.programs > before
-    column = before // EACH
-    place = (EACH - 1 - before + column * EACH) * S.gate_up_columns + column
-    return gl.where(works, S.programs - ACTIVE + place, program - before)
-
-
-@gluon.jit
 def attention_duty(program, S: gl.constexpr):
     """A program's place in the order in which programs take parts of the cache.
 
@@ -53,6 +37,13 @@ def attention_duty(program, S: gl.constexpr):
     is_first = before == column * EACH
     place = gl.where(is_first, column, S.width_columns + before - column - 1)
     return gl.where(works, IDLE + place, program - before)
+
+
+@gluon.jit
+def router_duty(program, S: gl.constexpr):
+    """A program's place in the order in which programs take parts of the router: those first that
+    have the least to do with attention."""
+    return S.programs - 1 - attention_duty(program, S)
 
 
 @gluon.jit
@@ -77,28 +68,33 @@ def expert_share(half, program, S: gl.constexpr):
 
 
 @gluon.jit
-def turn_words(S: gl.constexpr, E2: gl.constexpr):
-    """Words of the sums of gate_up and of the router, of which layers use two sets in turn."""
-    return S.top_k * S.gate_up_blocks * 128 + E2
+def turn_words(S: gl.constexpr):
+    """Words of the sums of qkv, gate_up and the router, of which layers use two sets in turn."""
+    return (S.qkv_blocks + S.top_k * S.gate_up_blocks) * 128 + S.padded_experts
 
 
 @gluon.jit
-def sum_words(S: gl.constexpr, E2: gl.constexpr):
+def turn_of(layer, S: gl.constexpr):
+    """Words from the first set to the one that a layer uses."""
+    return (layer & 1) * turn_words(S)
+
+
+@gluon.jit
+def sum_words(S: gl.constexpr):
     """Words of one set of sums."""
-    in_turn = 2 * turn_words(S, E2)
-    return (S.out_blocks + S.qkv_blocks) * 128 + in_turn + 2 + S.layers * S.gate_up_columns
+    return S.out_blocks * 128 + 2 * turn_words(S) + 2 + S.layers * S.gate_up_columns
 
 
 @gluon.jit
-def parts_of(sums, launch, S: gl.constexpr, E2: gl.constexpr):
-    """Sums of a launch: residual, qkv, those of gate_up and of the router for layers with an even
+def parts_of(sums, launch, S: gl.constexpr):
+    """Sums of a launch: residual, those of qkv, gate_up and the router for layers with an even
     number (turn_words further for the others), two of signatures of the residual's readers. Behind
     these stands for each layer and column of gate_up how many of its tiles have been claimed.
 
     There are two sets: a launch uses one and clears the other.
     """
-    residual = sums + (launch & 1) * sum_words(S, E2)
+    residual = sums + (launch & 1) * sum_words(S)
     qkv = residual + S.out_blocks * 128
     gate_up = qkv + S.qkv_blocks * 128
     router = gate_up + S.top_k * S.gate_up_blocks * 128
-    return residual, qkv, gate_up, router, gate_up + 2 * turn_words(S, E2)
+    return residual, qkv, gate_up, router, qkv + 2 * turn_words(S)

@@ -33,6 +33,21 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def padded_experts(experts: int) -> int:
+    """Experts as a block of numbers."""
+    return max(32, 1 << (experts - 1).bit_length())
+
+
+def router_blocks(experts: int, *, fp8: bool) -> int:
+    """Blocks of rows behind those of the output projection that give the experts' logits: as many
+    rows for each expert as there are terms that add up to one."""
+    return cdiv(_router_terms(fp8) * padded_experts(experts), TILE_ROWS)
+
+
+def _router_terms(fp8: bool) -> int:
+    return 3 if fp8 else 2
+
+
 @dataclass(frozen=True)
 class StepSizes:
     """Compile-time constants of one model on one GPU."""
@@ -66,7 +81,7 @@ class StepSizes:
             raise ValueError(f"{self.programs} processors are too few: it needs {needed}")
         if self.programs > 256:
             raise ValueError(f"{self.programs} processors are too many: the draw reads 256 at once")
-        if self.norm_groups > 256 or self.router_programs > 32:
+        if self.norm_groups > 256 or self.logit_parts > 255:
             raise ValueError(f"a width of {self.width} is too much for it")
 
     # --- dense tiles
@@ -111,12 +126,34 @@ class StepSizes:
         return cdiv(self.attention_width, TILE_COLUMNS)
 
     @property
+    def padded_experts(self) -> int:
+        """See the function."""
+        return padded_experts(self.experts)
+
+    @property
+    def router_terms(self) -> int:
+        """Rows of dense tiles that add up to what attention gives to an expert's logit."""
+        return _router_terms(self.fp8)
+
+    @property
+    def logit_parts(self) -> int:
+        """Contributions to an expert's logit: of parts of the residual, and of tiles, whose rows
+        behind the last term are zeros."""
+        rows = (self.mixed_blocks - self.out_blocks) * TILE_ROWS // self.padded_experts
+        return self.router_programs + self.out_columns * rows
+
+    @property
+    def mixed_blocks(self) -> int:
+        """Blocks of rows of the output projection, and those of the router behind them."""
+        return self.out_blocks + router_blocks(self.experts, fp8=self.fp8)
+
+    @property
     def qkv_tiles(self) -> int:
         return self.qkv_blocks * self.width_columns
 
     @property
     def out_tiles(self) -> int:
-        return self.out_blocks * self.out_columns
+        return self.mixed_blocks * self.out_columns
 
     @property
     def layer_tiles(self) -> int:
@@ -182,7 +219,7 @@ class StepSizes:
     def most_blocks(self) -> int:
         """Blocks of rows of the output projection that a program can have, rounded up to a power
         of two."""
-        most = cdiv(self.out_blocks, self.programs // self.out_columns)
+        most = cdiv(self.mixed_blocks, self.programs // self.out_columns)
         return 1 << (most - 1).bit_length()
 
     @property

@@ -4,12 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
-from kernels.persistent.exchange import (
-    sum_of,
-    wait_for_sums,
-    wait_for_tagged,
-    wait_for_two_sums,
-)
+from kernels.persistent.exchange import wait_for_sums, wait_for_tagged, wait_for_two_sums
 from kernels.persistent.gluon_names import wait_for_warps
 from kernels.persistent.multiply import power_of_two_for, store_bf16_terms, store_fp8_terms
 
@@ -62,9 +57,7 @@ def residual_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
     inside = inside & (k < S.width)
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
-    zero = gl.zeros_like(k.to(gl.int64))
-    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
-    x = gl.where(inside, x, 0.0)
+    x = gl.where(inside, wait_for_sums(x_ptr + k, count, 2), 0.0)
     return g, x * weight, gl.sum(x * x, 1)
 
 
@@ -85,9 +78,7 @@ def gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
     inside = inside & (k < S.width)
     k = gl.minimum(k, S.width - 1)
     weight = gl.load(norm_ptr + k).to(gl.float32)
-    zero = gl.zeros_like(k.to(gl.int64))
-    x = sum_of(wait_for_sums(x_ptr + k, zero, zero + count, 2), zero)
-    return gl.where(inside, x * weight, 0.0)
+    return gl.where(inside, wait_for_sums(x_ptr + k, count, 2) * weight, 0.0)
 
 
 @gluon.jit
@@ -96,14 +87,9 @@ def down_slice(sums_ptr, factor, column, S: gl.constexpr):
     _, inside, k = _places(column, 32)
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
-    zero = gl.zeros_like(k.to(gl.int64))
-    gates, ups = wait_for_two_sums(
-        sums_ptr + 2 * k, sums_ptr + 2 * k + 1, zero, zero, zero + S.gate_up_columns
-    )
-    gate = sum_of(gates, zero) * factor
-    up = sum_of(ups, zero) * factor
-    gate = gl.minimum(gate, S.limit)
-    up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
+    gate, up = wait_for_two_sums(sums_ptr + 2 * k, sums_ptr + 2 * k + 1, S.gate_up_columns)
+    gate = gl.minimum(gate * factor, S.limit)
+    up = gl.minimum(gl.maximum(up * factor, -S.limit), S.limit)
     hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
     return gl.where(inside, hidden, 0.0)
 
@@ -115,5 +101,5 @@ def stage_rows(ptr, factor, first, at, rows, S: gl.constexpr):
     L: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [8, 1], [1, 0])
     block = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, L))
     row = block[:, None] * 128 + gl.arange(0, 128, layout=gl.SliceLayout(0, L))[None, :]
-    value = gl.load(ptr + gl.minimum(row, S.width - 1)).to(gl.float32)
+    value = gl.load(ptr + gl.minimum(row, S.mixed_blocks * 128 - 1)).to(gl.float32)
     rows.index(at).store(value * factor)

@@ -8,8 +8,8 @@ tile, multiply, and add rows to sums in memory (exchange.py).
     phase    reads                         multiplies          adds to
     qkv      residual, its norm weight     dense tiles         qkv sums
     attend   qkv sums, cache               (few programs)      attention [tagged]
-    out      attention                     dense tiles         residual
     router   residual, its norm weight     (few programs)      router sums
+    out      attention                     dense tiles         residual, router sums
     gate_up  residual, router sums         experts' tiles      gate_up sums
     down     gate_up sums                  experts' tiles      residual
     head     residual                      dense tiles         logits (stored)
@@ -22,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from kernels.persistent.attend import attend, qkv_words
+from kernels.persistent.attend import attend
 from kernels.persistent.draw import pick_token
 from kernels.persistent.exchange import add_to_sums, publish, sign, wait_for_all_to_sign
 from kernels.persistent.gluon_names import seen_as
@@ -31,11 +31,12 @@ from kernels.persistent.producers import dense_producer, expert_producer
 from kernels.persistent.route import choose, pick, route_part
 from kernels.persistent.shares import (
     attention_duty,
-    duty,
     expert_share,
     parts_of,
+    router_duty,
     share,
     sum_words,
+    turn_of,
     turn_words,
 )
 from kernels.persistent.slices import (
@@ -98,7 +99,7 @@ def consumer(
     sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
     cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
     efull, eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace, draws,
-    S: gl.constexpr, E2: gl.constexpr,
+    S: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
     SWIZZLED8: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
@@ -131,25 +132,23 @@ def consumer(
     estore = seen_as(xs, gl.float8e4nv, [1, 16, 8, 32], SWIZZLED8_3)
     wbig, wsmall, wpairs, wrows = expert_views(ebig, esmall, escales, S)
     staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
-    numbers = seen_as(qs, gl.float32, [256], FLAT)
+    numbers = seen_as(qs, gl.float32, [512], FLAT)
     program = gl.program_id(0)
     launch = gl.load(counter)
-    residual, qkv, gate_up, router_sums, signed = parts_of(sums, launch, S, E2)
+    # Words from the residual's sums to others of layers with an even number.
+    TO_QKV: gl.constexpr = S.out_blocks * 128
+    TO_GATE_UP: gl.constexpr = TO_QKV + S.qkv_blocks * 128
+    TO_LOGITS: gl.constexpr = TO_GATE_UP + S.top_k * S.gate_up_blocks * 128
+    residual, qkv, gate_up, router_sums, signed = parts_of(sums, launch, S)
     squares = tagged
-    router_squares = tagged + 256
-    attention = tagged + 320
+    attention = tagged + 256
     accs = attention + S.attention_width
     peaks = accs + S.splits * S.attention_width
     totals = peaks + S.splits * S.heads
     words = totals + S.splits * S.heads
     _begin(program, token, embedding, residual, S)
-    _clear(program, parts_of(sums, launch + 1, S, E2)[0], sum_words(S, E2), S)
+    _clear(program, parts_of(sums, launch + 1, S)[0], sum_words(S), S)
 
-    # What the sums were when this program read them last.
-    QL: gl.constexpr = gl.BlockedLayout([1, 2], [2, 16], [8, 1], [1, 0])
-    HALF: gl.constexpr = S.head_width // 2
-    old_lo = gl.zeros([16, HALF], gl.int64, layout=QL)
-    old_hi = gl.zeros([16, HALF], gl.int64, layout=QL)
     weight = 1.0  # of the chosen expert whose down tiles this program has
     factor = 0.0  # of the norm in front of the experts
     dn = 0  # tiles of the rings so far
@@ -161,7 +160,7 @@ def consumer(
         # ---- qkv, then attention and output projection: one copy of the code for both
         for half in range(2):
             qkv_column, qkv0, qkv1 = share(anew(program), S.width_columns, S.qkv_blocks, S)
-            out_column, out0, out1 = share(anew(program), S.out_columns, S.out_blocks, S)
+            out_column, out0, out1 = share(anew(program), S.out_columns, S.mixed_blocks, S)
             first = gl.where(half == 0, qkv0, out0)
             last = gl.where(half == 0, qkv1, out1)
             phase = gl.where(half == 0, QKV, OUT)
@@ -169,9 +168,10 @@ def consumer(
             if half == 1:
                 if first < last:
                     once = gl.where(out_column == 0, 1.0, 0.0)
-                    stage_rows(out_bias + layer * S.width, once, first, 0, staged, S)
+                    at = layer * (S.mixed_blocks * 128)
+                    stage_rows(out_bias + at, once, first, 0, staged, S)
                     if S.fp8:
-                        stage_rows(out_scale + layer * S.width, 1.0, first, 1, staged, S)
+                        stage_rows(out_scale + at, 1.0, first, 1, staged, S)
                 position = gl.load(position_ptr)  # again: registers are scarcer than time
                 worker = attention_duty(anew(program), S)
                 split = worker // S.kv_heads
@@ -188,11 +188,18 @@ def consumer(
                     slots = gl.load(cache_table + layer * 4 + 2).to(gl.int32)
                     stamp(trace, layer, ATTENTION, BEGINS, True, S)
                     attend(
-                        old_lo, old_hi, layer, worker % S.kv_heads, split, used, per, position,
-                        start, tag, squares, qkv, (accs, peaks, totals), attention, qkv_scale,
-                        qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+                        layer, worker % S.kv_heads, split, used, per, position, start, tag,
+                        squares, qkv + turn_of(anew(layer), S), (accs, peaks, totals), attention,
+                        qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
                     )  # fmt: skip
                     stamp(trace, layer, ATTENTION, ENDS, True, S)
+                part = router_duty(anew(program), S)
+                if part < S.router_programs:
+                    route_part(
+                        part, layer, residual, moe_norms + layer * S.width, router, count, signed,
+                        router_sums + turn_of(anew(layer), S), S,
+                    )  # fmt: skip
+                _, first, last = share(anew(program), S.out_columns, S.mixed_blocks, S)
             unscale = 1.0
             if first < last:
                 if half == 0:
@@ -205,29 +212,23 @@ def consumer(
                 else:
                     # The residual may change when all programs have read it.
                     wait_for_all_to_sign(signed, (layer + 1) * S.programs)
+                    out_column, _, _ = share(anew(program), S.out_columns, S.mixed_blocks, S)
                     x = attention_slice(attention, tag, out_column, S)
                 unscale = store_dense(x, xstore, 0, S)
             slice_stored()
-            if half == 0:
+            if (half == 0) & (router_duty(anew(program), S) >= S.router_programs):
                 sign(signed)
             stamp(trace, layer, phase, READY, first < last, S)
-            sums_at = residual + gl.where(half == 0, S.out_blocks * 128, 0)
+            turn = turn_of(anew(layer), S)
             dn = dense_tiles(
                 first, last, dn, unscale, half == 0, big, small, xd, 0, dfull, dempty, rows,
-                sums_at, S,
+                residual, TO_QKV + turn, TO_LOGITS + turn, S,
             )  # fmt: skip
             stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.out_columns
-        # ---- router
-        part = duty(anew(program), S)
-        turn = (layer & 1) * turn_words(S, E2)
+        turn = turn_of(anew(layer), S)
+        # ---- gate_up, and the choice of experts, then down
         stamp(trace, layer, ROUTER, BEGINS, True, S)
-        if part < S.router_programs:
-            route_part(
-                part, layer, residual, moe_norms + layer * S.width, router, count, tag,
-                router_sums + turn, router_squares, trace, S, E2,
-            )  # fmt: skip
-        # ---- gate_up, then down
         unscale = 1.0
         for half in range(2):
             place, column, first, last = expert_share(half, anew(program), S)
@@ -247,8 +248,7 @@ def consumer(
                 unscale *= S.tiles.unscale
             if half == 0:
                 ids, mixing, factor = choose(
-                    layer, router_bias, tag, router_sums + turn, router_squares, numbers, trace,
-                    S, E2,
+                    layer, router_bias, residual, count, router_sums + turn, numbers, trace, S,
                 )  # fmt: skip
                 stamp(trace, layer, ROUTER, ENDS, True, S)
                 seen_as(chosen, gl.int32, [4], FLAT).store(
@@ -256,18 +256,15 @@ def consumer(
                 )  # in one store: the compiler puts a barrier between two
                 mbarrier.arrive(routed.index(0), count=1)
                 weight = pick(expert_share(1, anew(program), S)[0], mixing)
-                # All have read the other set, in the layer before; nobody adds to it before this
-                # program has signed in the next one.
-                _clear(program, gate_up + (turn_words(S, E2) - turn), turn_words(S, E2), S)
-                worker = attention_duty(anew(program), S)
-                if worker < S.splits * S.kv_heads:
-                    old_lo, old_hi = qkv_words(qkv, worker % S.kv_heads, S)
+            if half == 0:
+                # All have read the other set, in the layer before; nobody adds to it before the
+                # next layer, which begins when all have signed here.
+                _clear(program, qkv + (turn_words(S) - turn), turn_words(S), S)
             slice_stored()
             if half == 0:
                 sign(signed + 1)
             stamp(trace, layer, phase, READY, works, S)
-            up = (S.out_blocks + S.qkv_blocks) * 128 + turn
-            sums_at = residual + gl.where(half == 0, up, 0)
+            sums_at = residual + gl.where(half == 0, TO_GATE_UP + turn, 0)
             en, claims = expert_tiles(
                 first, last, half == 0, en, claims, unscale,
                 gl.where(half == 0, 1.0 / factor, 1.0), gl.where(half == 0, 1.0, weight),
@@ -292,7 +289,7 @@ def step_kernel(
     token, position, settings, seed, step, seen, history, logprobs, counter, embedding, norms,
     moe_norms, final_norm, qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
     head_scale, cos, sin, cache, cache_table, sums, tagged, logits, dense128, dense32, codes,
-    more_codes, words, trace_ptr, draws, S: gl.constexpr, E2: gl.constexpr,
+    more_codes, words, trace_ptr, draws, S: gl.constexpr,
 ):  # fmt: skip
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
@@ -331,7 +328,7 @@ def step_kernel(
     mbarrier.init(routed.index(0), count=1)
     for s in gl.static_range(TOLD):
         mbarrier.init(tellings.index(s), count=1)
-    _, _, _, _, signed = parts_of(sums, gl.load(counter), S, E2)
+    _, _, _, _, signed = parts_of(sums, gl.load(counter), S)
     gl.warp_specialize(
         [
             (consumer, (token, position, settings, seed, step, seen, history, logprobs, counter,
@@ -340,7 +337,7 @@ def step_kernel(
                         head_scale, cos, sin, cache, cache_table, sums,
                         tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
                         eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace_ptr,
-                        draws, S, E2)),
+                        draws, S)),
             (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
             (expert_producer, (codes, more_codes, words, signed, ebig, esmall, escales,
                                efull, eempty, chosen, routed, told, tellings, S)),

@@ -38,13 +38,15 @@ def dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
 
 @gluon.jit
 def dense_tiles(
-    first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, sums, S: gl.constexpr
+    first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, residual, to_qkv,
+    to_logits, S: gl.constexpr,
 ):  # fmt: skip
-    """Add tiles of one column to sums; rows' scales and biases as staged, or neither if plain."""
+    """Add tiles of one column: to the sums of qkv if plain, `to_qkv` words behind the residual's;
+    else with scales and biases as staged to the residual, and the router's rows to the logits."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ROW: gl.constexpr = gl.SliceLayout(1, MMA)
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
-    limit = gl.where(plain, S.qkv_blocks * 128, S.width)
+    lane = gl.arange(0, 128, layout=ROW)
     for block in range(first, last):
         acc, n = dense_tile(n, big, small, xs, x, full, empty, zero, S)
         value = row_sums(acc, MMA, S.fp8) * unscale
@@ -53,8 +55,11 @@ def dense_tiles(
             value *= gl.where(plain, 1.0, scale)
         bias = rows.index((block - first) % S.most_blocks).load(ROW)
         value += gl.where(plain, 0.0, bias)
-        row = block * 128 + gl.arange(0, 128, layout=ROW)
-        add_to_sums(sums + row, value, 1, row < limit)
+        # Behind the residual's rows stand the first terms of all experts, then the next ones.
+        is_router = gl.where(plain, 0, block >= S.out_blocks) != 0
+        row = (block * 128 + lane) & gl.where(is_router, S.padded_experts - 1, -1)
+        further = gl.where(plain, to_qkv, gl.where(is_router, to_logits, 0))
+        add_to_sums(residual + further + row, value, 1, row >= 0)
     return n
 
 

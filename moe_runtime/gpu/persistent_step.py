@@ -20,8 +20,8 @@ from kernels.persistent.launch import (
     phase_stamps,
     phases,
 )
-from kernels.persistent.pack import TiledExperts, pack_dense
-from kernels.persistent.sizes import cdiv
+from kernels.persistent.pack import TiledExperts, mixed_projection, pack_dense
+from kernels.persistent.sizes import StepSizes
 from kernels.persistent.watch import where_programs_stand
 from kernels.sampling import sample
 from moe_runtime.cache import KVCache
@@ -33,7 +33,7 @@ from quant.formats import QuantFormat
 from quant.tensor import QuantTensor
 
 
-def step_weights(weights: ModelWeights) -> StepWeights:
+def step_weights(sizes: StepSizes, weights: ModelWeights) -> StepWeights:
     """A model's weights as the kernel reads them; experts must be in tiles of one memory."""
     layers = weights.layers
 
@@ -48,9 +48,10 @@ def step_weights(weights: ModelWeights) -> StepWeights:
         ]
         return torch.cat(found) if found else torch.zeros(1, device=weights.embedding.device)
 
+    dense, out_scale, out_bias = _dense_tiles(sizes, weights)
     return StepWeights(
         embedding=weights.embedding,
-        dense=_dense_tiles(weights),
+        dense=dense,
         experts=_whole_memory(layers),
         norms=stack("attention_norm"),
         moe_norms=stack("moe_norm"),
@@ -58,32 +59,43 @@ def step_weights(weights: ModelWeights) -> StepWeights:
         qkv_scale=scales([layer.qkv for layer in layers]),
         qkv_bias=stack("qkv_bias"),
         sinks=stack("sinks"),
-        out_scale=scales([layer.out for layer in layers]),
-        out_bias=stack("out_bias"),
+        out_scale=out_scale,
+        out_bias=out_bias,
         router=torch.stack([pack_router(layer.router) for layer in layers]),
         router_bias=stack("router_bias"),
         head_scale=scales([weights.head]),
     )
 
 
-def _dense_tiles(weights: ModelWeights) -> Tensor:
-    matrices = [matrix for layer in weights.layers for matrix in (layer.qkv, layer.out)]
-    packed = [(matrix, False) for matrix in matrices] + [(weights.head, True)]
-    first = pack_dense(_values(packed[0][0]))
-    counts = [_tile_count(matrix) for matrix, _ in packed]
-    memory = first.new_empty((sum(counts), first.shape[1]))
-    for part, (matrix, by_rows) in zip(memory.split(counts), packed, strict=True):
-        part.copy_(pack_dense(_values(matrix), by_rows=by_rows))
-    return memory
+def _dense_tiles(sizes: StepSizes, weights: ModelWeights) -> tuple[Tensor, Tensor, Tensor]:
+    """All dense tiles; scales and biases of the mixed projections' rows, [L, rows]."""
+    tiles = sizes.layers * sizes.layer_tiles + sizes.head_blocks * sizes.width_columns
+    memory: Tensor | None = None
+    scales, biases, at = [], [], 0
+
+    def put(matrix: Tensor, *, by_rows: bool = False) -> None:
+        nonlocal memory, at
+        packed = pack_dense(matrix, by_rows=by_rows)
+        if memory is None:
+            memory = packed.new_empty((tiles, packed.shape[1]))
+        memory[at : at + len(packed)] = packed
+        at += len(packed)
+
+    for layer in weights.layers:
+        put(_values(layer.qkv))
+        rows, scale, bias = mixed_projection(
+            sizes, layer.out, layer.out_bias, layer.router, layer.moe_norm
+        )
+        put(rows)
+        scales.append(scale)
+        biases.append(bias)
+    put(_values(weights.head), by_rows=True)
+    assert memory is not None and at == tiles
+    return memory, torch.stack(scales), torch.stack(biases)
 
 
 def _values(matrix: Tensor | QuantTensor) -> Tensor:
     return matrix.values if isinstance(matrix, QuantTensor) else matrix
-
-
-def _tile_count(matrix: Tensor | QuantTensor) -> int:
-    rows, columns = matrix.shape
-    return cdiv(rows, 128) * cdiv(columns, 320)
 
 
 def _whole_memory(layers: list[LayerWeights]) -> Tensor:
@@ -138,7 +150,7 @@ class PersistentStep(Draw):
         assert isinstance(experts, TiledExperts)
         fp8 = isinstance(weights.head, QuantTensor)
         self.sizes = step_sizes(config, experts.format, fp8=fp8, device=device)
-        packed = step_weights(weights)
+        packed = step_weights(self.sizes, weights)
         self._tensors = arguments(
             packed,
             StepBuffers.allocate(self.sizes, device),

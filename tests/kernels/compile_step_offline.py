@@ -20,7 +20,6 @@ from triton.experimental.gluon._runtime import GluonASTSource
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from kernels.persistent.formats import EXPERT_TILES
-from kernels.persistent.launch import padded_experts
 from kernels.persistent.sizes import StepSizes
 from kernels.persistent.step import step_kernel
 from tests.kernels.compile_offline import resource_usage
@@ -33,7 +32,7 @@ FP32 = (
 OTHERS = {
     "token": "*i32", "position": "*i32", "counter": "*i32", "cache_table": "*i64",
     "sums": "*i64", "tagged": "*i64", "seed": "*i64", "step": "*i32", "seen": "*u8",
-    "history": "*i32", "draws": "i32", "S": "constexpr", "E2": "constexpr",
+    "history": "*i32", "draws": "i32", "S": "constexpr",
 }  # fmt: skip
 COPIED = ("dense128", "dense32", "codes", "more_codes", "words")
 
@@ -62,7 +61,7 @@ def compile_for(s: StepSizes, *, traced: bool = False) -> dict[str, int]:
             signature[name] = "*i64" if traced else "constexpr"
         else:
             signature[name] = OTHERS.get(name, "*fp32" if name in FP32 else "*bf16")
-    constants = {"S": s, "E2": padded_experts(s)} | ({} if traced else {"trace_ptr": None})
+    constants = {"S": s} | ({} if traced else {"trace_ptr": None})
     aligned = {
         (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
     }

@@ -2,12 +2,13 @@
 
 import time
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
-from kernels.persistent.launch import arguments, padded_experts
+from kernels.persistent.launch import arguments
 from kernels.persistent.sizes import PHASES
 from kernels.persistent.watch import where_programs_stand
 from kernels.reference import sampling
@@ -29,11 +30,11 @@ def hold():
 def handlers(modules):
     exchange, multiply, stamps, step = modules
 
-    def sums(ptrs, old, count):
+    def sums(ptrs, count):
         hold()
         while True:
             words = ptrs.memory[ptrs.at].copy()
-            if (((words - raw(old) - raw(count)) & 255) == 0).all():
+            if (((words - raw(count)) & 255) == 0).all():
                 return T(words)
             gluon_on_cpu._watch.pause()
 
@@ -52,13 +53,8 @@ def handlers(modules):
         a, b = (np.ascontiguousarray(x).view(np.int8).reshape(*w.shape, 4) for x in (a, b))
         return tuple(T(part[..., q, :]) for q in range(4) for part in (a, b))
 
-    def now(ptrs):
-        hold()
-        gluon_on_cpu._watch.pause()
-        return T(ptrs.memory[ptrs.at].copy())
-
-    def two(ptrs, ptrs2, old, old2, count):
-        return sums(ptrs, old, count), sums(ptrs2, old2, count)
+    def two(ptrs, ptrs2, count):
+        return sums(ptrs, count), sums(ptrs2, count)
 
     def sums_if(ptrs, wanted, mask):
         hold()
@@ -85,13 +81,29 @@ def handlers(modules):
                 return T(word)
             gluon_on_cpu._watch.pause()
 
+    def residual(n, first, last, last_counts, count, ptrs, sum_count, mask):
+        hold()
+        keep = raw(mask) != 0
+        at = np.stack([first.at + 256 * i for i in range(n - 1)] + [last.at])
+        while True:
+            words = first.memory[at]
+            more = np.where(keep, ptrs.memory[ptrs.at], 0)
+            done = ((words - raw(count)) & 255 == 0).all()
+            if done and (((more - raw(sum_count)) & 255 == 0) | ~keep).all():
+                break
+            gluon_on_cpu._watch.pause()
+        values = (words >> 8).astype(np.float32)
+        values[-1] *= raw(last_counts)
+        return T((values**2).sum(0)), T(more)
+
     found = {
         exchange.SIGNED: signed,
-        exchange.NOW: now,
         exchange.SUM_IF: sums_if,
         exchange.TAGGED_IF: tagged_if,
     }
     found[exchange._TWO] = two
+    for n in range(1, 17):
+        found[exchange.RESIDUAL[n]] = partial(residual, n)
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
             found[getattr(exchange, name + str(n))] = handler
@@ -137,7 +149,6 @@ def run(kernel, model, position, trace=None, cache=None, state=None):
         trace,
         int(state is not None),
         s,
-        padded_experts(s),
     )
     gluon_on_cpu.launch(kernel, s.programs, args)
     return logits

@@ -9,9 +9,11 @@ from functools import cache
 
 import pytest
 import torch
+from torch.nn.functional import pad
 
 from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import pack_dense
+from kernels.persistent.sizes import router_blocks
 from loaders.checkpoint import open_files, open_folder
 from loaders.logical import logical_tensors
 from loaders.weights import load_weights
@@ -209,7 +211,11 @@ def test_tiles_take_what_is_planned_for_a_hopper_gpu(fp8, format, tmp_path):
     for names in relayout.groups:
         weights |= relayout.take({name: weights[name] for name in names})
     dense = [n for n in weights if n == "head" or n.endswith(("attention.qkv", "attention.out"))]
-    packed = [weights[name] for name in dense]
+    # The output projection's rows are padded, and those that give experts' logits stand behind.
+    more_rows = router_blocks(config.num_experts, fp8=fp8) * 128 + -config.model_width % 128
+    packed = [
+        pad(weights[name], (0, 0, 0, more_rows if name.endswith("out") else 0)) for name in dense
+    ]
     if fp8:
         packed = [codecs.encode(weight, FP8_ROW).values for weight in packed]
     tiles = sum(pack_dense(weight).nbytes for weight in packed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.launch import StepBuffers, StepWeights, pack_router
-from kernels.persistent.pack import pack_dense, pack_experts
+from kernels.persistent.pack import mixed_projection, pack_dense, pack_experts
 from kernels.persistent.sizes import StepSizes
 from quant.codecs import decode, encode
 from quant.formats import FP8_ROW, MXFP4, QuantFormat
@@ -114,7 +114,12 @@ def step_weights(s, layers, embedding, head, final_norm) -> StepWeights:
             return torch.cat([w.scales.view(-1) for w in weights])
         return torch.zeros(1, device=embedding.device)
 
-    tiles = [pack_dense(values(layer[name])) for layer in layers for name in ("qkv", "out")]
+    mixed = [
+        mixed_projection(s, x["out"], x["out_bias"], x["router"], x["moe_norm"]) for x in layers
+    ]
+    tiles = []
+    for layer, (rows, _, _) in zip(layers, mixed, strict=True):
+        tiles += [pack_dense(values(layer["qkv"])), pack_dense(rows)]
     tiles.append(pack_dense(values(head), by_rows=True))
 
     def tiles_of_layer(layer) -> Tensor:
@@ -124,7 +129,8 @@ def step_weights(s, layers, embedding, head, final_norm) -> StepWeights:
     return StepWeights(
         embedding, torch.cat(tiles), torch.cat([tiles_of_layer(x) for x in layers]).flatten(0, 1),
         stack("norm"), stack("moe_norm"), final_norm, scale([x["qkv"] for x in layers]),
-        stack("qkv_bias"), stack("sinks"), scale([x["out"] for x in layers]), stack("out_bias"),
+        stack("qkv_bias"), stack("sinks"), torch.stack([m[1] for m in mixed]),
+        torch.stack([m[2] for m in mixed]),
         torch.stack([pack_router(x["router"]) for x in layers]), stack("router_bias"),
         scale([head]),
     )  # fmt: skip
