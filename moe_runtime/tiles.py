@@ -61,9 +61,7 @@ def more_bytes(config: ModelConfig, format: QuantFormat, *, fp8: bool) -> MoreBy
     types.
     """
     c = config
-    mixed_rows = (
-        cdiv(c.model_width, TILE_ROWS) + router_blocks(c.num_experts, fp8=fp8)
-    ) * TILE_ROWS
+    mixed_blocks = cdiv(c.model_width, TILE_ROWS) + router_blocks(c.num_experts, fp8=fp8)
     shapes = {
         "qkv": (c.qkv_width, c.model_width),
         "out": (mixed_blocks * TILE_ROWS, c.attention_width),
