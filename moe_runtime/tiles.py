@@ -34,8 +34,9 @@ def why_not_tiled(
     (format,) = kinds
     if format is None or format.name not in EXPERT_TILES:
         return f"its experts are in {format.name if format else 'floats'}"
-    if c.head_width != 64 or c.num_heads // c.num_kv_heads > 14 or c.experts_per_token != 4:
-        return "it is for heads of 64 numbers, up to 14 of them to a kv head, and 4 experts a token"
+    group = c.num_heads // c.num_kv_heads
+    if c.head_width != 64 or group not in (1, 2, 4, 8) or c.experts_per_token != 4:
+        return "it is for heads of 64 numbers, 1 to 8 of them to a kv head, and 4 experts a token"
     if not c.swiglu_limit > 0:
         return "its experts' activation has no bound"
     if c.num_experts > 128 or c.model_width % 32 or c.expert_width % 32 or c.model_width > 4096:

@@ -41,9 +41,10 @@ def attention_duty(program, S: gl.constexpr):
 
 @gluon.jit
 def router_duty(program, S: gl.constexpr):
-    """A program's place in the order in which programs take parts of the router: those first that
-    have the least to do with attention."""
-    return S.programs - 1 - attention_duty(program, S)
+    """A program's place in the order in which programs take parts of the router: that of attention,
+    but for the programs that have a kv head while the cache is short, which come last."""
+    place = attention_duty(program, S) - S.kv_heads
+    return gl.where(place < 0, place + S.programs, place)
 
 
 @gluon.jit

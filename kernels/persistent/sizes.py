@@ -71,7 +71,7 @@ class StepSizes:
     dense_slots: int = 2
     expert_slots: int = 4
     splits: int = 16  # of the cache of a full layer
-    single: int = 384  # cached positions up to which one program reads a kv head's cache
+    single: int = 1024  # cached positions up to which one program reads a kv head's cache
 
     def __post_init__(self) -> None:
         experts = max(self.gate_up_columns, self.top_k * self.down_columns)

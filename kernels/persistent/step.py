@@ -190,7 +190,8 @@ def consumer(
                     attend(
                         layer, worker % S.kv_heads, split, used, per, position, start, tag,
                         squares, qkv + turn_of(anew(layer), S), (accs, peaks, totals), attention,
-                        qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs, trace, S,
+                        qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs,
+                        (ebig, esmall, escales), trace, S,
                     )  # fmt: skip
                     stamp(trace, layer, ATTENTION, ENDS, True, S)
                 part = router_duty(anew(program), S)

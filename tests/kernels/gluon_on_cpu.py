@@ -25,9 +25,9 @@ DEADLINE_S = 120.0
 
 F8, BF16 = np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.bfloat16)
 TYPES = {
-    "int1": np.bool_, "int8": np.int8, "int32": np.int32, "int64": np.int64, "uint8": np.uint8,
-    "uint32": np.uint32, "uint64": np.uint64, "float32": np.float32, "bfloat16": BF16,
-    "float8e4nv": F8,
+    "int1": np.bool_, "int8": np.int8, "int16": np.int16, "int32": np.int32, "int64": np.int64,
+    "uint8": np.uint8, "uint32": np.uint32, "uint64": np.uint64, "float32": np.float32,
+    "bfloat16": BF16, "float8e4nv": F8,
 }  # fmt: skip
 _memory = threading.RLock()  # makes atomics atomic
 
@@ -149,8 +149,20 @@ class Pointer:
     def __add__(self, other: Any) -> Pointer:
         return Pointer(self.memory, self.at + raw(other))
 
-    def to(self, dtype: Any) -> T:
+    def to(self, dtype: Any, bitcast: bool = False) -> Any:
+        if isinstance(dtype, PointerType):
+            size, wanted = self.memory.itemsize, dtype.of.itemsize
+            assert bitcast and (self.at * size % wanted == 0).all()
+            whole = self.memory[: len(self.memory) * size // wanted * wanted // size]
+            return Pointer(whole.view(dtype.of), self.at * size // wanted)
         return T(self.at.astype(dtype))
+
+
+class PointerType:
+    """What a pointer can be cast to."""
+
+    def __init__(self, of: Any) -> None:
+        self.of = np.dtype(of)
 
 
 class Shared:
@@ -315,6 +327,7 @@ class Emulated:
         ):  # fmt: skip
             setattr(self, name, Layout)
         self.NVMMASharedLayout = NVMMASharedLayout
+        self.pointer_type = PointerType
         self.barrier = lambda: None
 
     # --- language
@@ -404,6 +417,15 @@ class Emulated:
         return T(np.stack([a.a, b.a], -1))
 
     @staticmethod
+    def split(x: T) -> tuple[T, T]:
+        assert x.shape[-1] == 2
+        return T(x.a[..., 0]), T(x.a[..., 1])
+
+    @staticmethod
+    def broadcast(a: T, b: T) -> tuple[T, ...]:
+        return tuple(T(x.copy()) for x in np.broadcast_arrays(a.a, b.a))
+
+    @staticmethod
     def convert_layout(x: T, layout: Any, assert_trivial: bool = False) -> T:
         return x
 
@@ -417,7 +439,7 @@ class Emulated:
         mask = np.broadcast_to(raw(mask), at.shape)
         inside = at[mask]
         assert (inside >= 0).all() and (inside < len(ptr.memory)).all(), "load outside"
-        out = np.full(at.shape, other).astype(ptr.memory.dtype)
+        out = np.array(np.broadcast_to(raw(other), at.shape), ptr.memory.dtype)
         out[mask] = ptr.memory[inside]
         return T(out)
 

@@ -28,7 +28,7 @@ def hold():
 
 
 def handlers(modules):
-    exchange, multiply, stamps, step = modules
+    attend, exchange, multiply, stamps, step = modules
 
     def sums(ptrs, count):
         hold()
@@ -52,6 +52,11 @@ def handlers(modules):
         b = ((w << 2) & 0x8C8C8C8C) | ((w >> 2) & 0x10101010)
         a, b = (np.ascontiguousarray(x).view(np.int8).reshape(*w.shape, 4) for x in (a, b))
         return tuple(T(part[..., q, :]) for q in range(4) for part in (a, b))
+
+    def pairs(a, b):
+        a, b = (raw(x).view(np.uint32) for x in (a, b))
+        both = (a & 0xFFFF) | (b << 16), (a >> 16) | (b & 0xFFFF0000)
+        return tuple(T(x.view(np.int32)) for x in both)
 
     def two(ptrs, ptrs2, count):
         return sums(ptrs, count), sums(ptrs2, count)
@@ -107,6 +112,7 @@ def handlers(modules):
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
         for n in (1, 2, 4):
             found[getattr(exchange, name + str(n))] = handler
+    found[attend.PAIRS] = pairs
     found[multiply._DECODE] = decode
     found[step.SAME] = lambda x: x
     found[stamps.CLOCK] = lambda x: T(np.int64(time.monotonic_ns()))
@@ -120,7 +126,7 @@ def kernel():
     emulated.inline_asm = handlers(
         [
             emulated.load_module(f"kernels.persistent.{name}")
-            for name in ("exchange", "multiply", "stamps", "step")
+            for name in ("attend", "exchange", "multiply", "stamps", "step")
         ]
     )
     return module.step_kernel
