@@ -159,16 +159,20 @@ def _own_score(qs, there, C: gl.constexpr, R: gl.constexpr):
 
 
 @gluon.jit
-def _over_warps(biggest, total, acc, own, own_value, spare, C: gl.constexpr):
+def _over_warps(biggest, total, acc, own, own_value, spare, S: gl.constexpr):
     """The warps' parts and the token's own row as one: biggest score and sum [8], weighted sum of
     values [8, C]."""
+    C: gl.constexpr = S.head_width
     BY_HEAD: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0, 1])
     PEAKS: gl.constexpr = gl.SliceLayout(2, ALL_WARPS)
     OUT: gl.constexpr = gl.SliceLayout(0, ALL_WARPS)
     large, small, other = spare
-    accs = seen_as(large, gl.float32, [8, 8, C], gl.SwizzledSharedLayout(4, 2, 4, order=[2, 1, 0]))
-    peaks = seen_as(small, gl.float32, [8, 8], BY_HEAD)
-    totals = seen_as(other, gl.float32, [8, 8], BY_HEAD)
+    BY_WARP: gl.constexpr = gl.SwizzledSharedLayout(4, 2, 4, order=[2, 1, 0])
+    N: gl.constexpr = S.all_slots * S.tiles.boxes[0] * 256 // (256 * C)
+    accs = seen_as(large, gl.float32, [N, 8, 8, C], BY_WARP).index(N - 1)
+    M: gl.constexpr = S.all_slots * S.tiles.boxes[1]
+    peaks = seen_as(small, gl.float32, [M, 8, 8], BY_HEAD).index(M - 1)
+    totals = seen_as(other, gl.float32, [1, 8, 8], BY_HEAD).index(0)
     peaks.store(biggest)
     totals.store(gl.sum(total, 2))
     accs.store(acc.reshape([8, C // 8, 8, 8]).permute([0, 3, 2, 1]).reshape([8, 8, C]))
@@ -249,7 +253,7 @@ def attend(
 
     split, used: this program's place among those of the head, and how many of them attend,
                  each to `per` positions
-    spare: three pieces of shared memory that nobody needs meanwhile
+    spare: three pieces of shared memory whose ends nobody needs meanwhile
     """
     if split < used:
         _attend_part(
@@ -310,7 +314,7 @@ def _attend_part(
         left -= 128
         if left > 0:
             scores = _scores(q, k, C)
-    biggest, total, acc = _over_warps(biggest, total, acc, own, qs.slice(R + 1, 1), spare, C)
+    biggest, total, acc = _over_warps(biggest, total, acc, own, qs.slice(R + 1, 1), spare, S)
     there = (row < R)[:, None] & (column >= 0)[None, :]
     if used == 1:
         out = acc * (1.0 / (total + gl.exp2(sink * LOG2_E - biggest)))[:, None]

@@ -125,12 +125,12 @@ def _scaled_pair(p, scale):
 
 
 @gluon.jit
-def _load_codes(big, small, slot):
+def _load_codes(big, small, unit):
     """Words of codes of one tile of 4 bits."""
     WORDS: gl.constexpr = gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [8, 1, 1, 1], [3, 2, 1, 0])
-    w0, w1 = big.index(slot * 4).load(WORDS), big.index(slot * 4 + 1).load(WORDS)
-    w2, w3 = big.index(slot * 4 + 2).load(WORDS), big.index(slot * 4 + 3).load(WORDS)
-    return w0, w1, w2, w3, small.index(slot).load(WORDS)
+    w0, w1 = big.index(unit * 4).load(WORDS), big.index(unit * 4 + 1).load(WORDS)
+    w2, w3 = big.index(unit * 4 + 2).load(WORDS), big.index(unit * 4 + 3).load(WORDS)
+    return w0, w1, w2, w3, small.index(unit).load(WORDS)
 
 
 @gluon.jit
@@ -152,10 +152,10 @@ def _scaled_groups(sums, s, rest):
 
 
 @gluon.jit
-def _mxfp4(big, small, pairs, rows, slot, empty, xs, zero):
+def _mxfp4(big, small, pairs, rows, slot, unit, empty, xs, zero):
     """See expert_product."""
     PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
-    w0, w1, w2, w3, w4 = _load_codes(big, small, slot)
+    w0, w1, w2, w3, w4 = _load_codes(big, small, unit)
     s = pairs.index(slot * 2).permute([1, 0]).load(PAIRS)
     rest = rows.index(slot * 4 + 2).load(gl.SliceLayout(1, PAIRS))
     mbarrier.arrive(empty.index(slot), count=1)
@@ -165,11 +165,11 @@ def _mxfp4(big, small, pairs, rows, slot, empty, xs, zero):
 
 
 @gluon.jit
-def _nvfp4(big, small, pairs, rows, slot, empty, xs, zero):
+def _nvfp4(big, small, pairs, rows, slot, unit, empty, xs, zero):
     """See expert_product."""
     PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
     ROWS: gl.constexpr = gl.SliceLayout(1, PAIRS)
-    w0, w1, w2, w3, w4 = _load_codes(big, small, slot)
+    w0, w1, w2, w3, w4 = _load_codes(big, small, unit)
     s0 = pairs.index(slot * 4).permute([1, 0]).load(PAIRS)
     s1 = pairs.index(slot * 4 + 1).permute([1, 0]).load(PAIRS)
     s2 = pairs.index(slot * 4 + 2).permute([1, 0]).load(PAIRS)
@@ -197,31 +197,31 @@ def _nvfp4(big, small, pairs, rows, slot, empty, xs, zero):
 
 
 @gluon.jit
-def _mxfp8(big, small, pairs, rows, slot, empty, xs, zero):
+def _mxfp8(big, small, pairs, rows, slot, unit, empty, xs, zero):
     """See expert_product."""
     PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
     s = pairs.index(slot * 2).permute([1, 0]).load(PAIRS)
     rest = rows.index(slot * 4 + 2).load(gl.SliceLayout(1, PAIRS))
-    p0 = _stored_chunks(big, slot * 8, xs, 0, zero)
-    p1 = _stored_chunks(big, slot * 8 + 2, xs, 2, zero)
-    p2 = _stored_chunks(big, slot * 8 + 4, xs, 4, zero)
-    p3 = _stored_chunks(big, slot * 8 + 6, xs, 6, zero)
-    p4 = _stored_chunks(small, slot * 2, xs, 8, zero)
+    p0 = _stored_chunks(big, unit * 8, xs, 0, zero)
+    p1 = _stored_chunks(big, unit * 8 + 2, xs, 2, zero)
+    p2 = _stored_chunks(big, unit * 8 + 4, xs, 4, zero)
+    p3 = _stored_chunks(big, unit * 8 + 6, xs, 6, zero)
+    p4 = _stored_chunks(small, unit * 2, xs, 8, zero)
     acc = _scaled_groups((p0, p1, p2, p3, p4), s, rest)
     mbarrier.arrive(empty.index(slot), count=1)
     return acc, rest
 
 
 @gluon.jit
-def _fp8(big, small, numbers, rows, slot, empty, xs, zero):
+def _fp8(big, small, numbers, rows, slot, unit, empty, xs, zero):
     """See expert_product; numbers: the words of all slots as fp32, one by one."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SUMS_OF_PAIRS))
-    p0 = _stored_chunks(big, slot * 8, xs, 0, zero)
-    p1 = _stored_chunks(big, slot * 8 + 2, xs, 2, zero)
-    p2 = _stored_chunks(big, slot * 8 + 4, xs, 4, zero)
-    p3 = _stored_chunks(big, slot * 8 + 6, xs, 6, zero)
-    p4 = _stored_chunks(small, slot * 2, xs, 8, zero)
+    p0 = _stored_chunks(big, unit * 8, xs, 0, zero)
+    p1 = _stored_chunks(big, unit * 8 + 2, xs, 2, zero)
+    p2 = _stored_chunks(big, unit * 8 + 4, xs, 4, zero)
+    p3 = _stored_chunks(big, unit * 8 + 6, xs, 6, zero)
+    p4 = _stored_chunks(small, unit * 2, xs, 8, zero)
     factor = rows.index(slot * 4).load(ROWS).to(gl.float32, bitcast=True)
     rest = rows.index(slot * 4 + 2).load(ROWS)
     at = (slot * 4 + 1) * 128
@@ -246,15 +246,16 @@ def expert_product(big, small, pairs, rows, slot, empty, xs, zero, S: gl.constex
     xs: the slice of the vector as E4M3 terms, [.., 8, 32]
     """
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32])
+    unit = S.dense_pool + slot
     if S.tiles.bits == 4:
         if S.tiles.scales == "e4m3":
-            acc, rest = _nvfp4(big, small, pairs, rows, slot, empty, xs, zero)
+            acc, rest = _nvfp4(big, small, pairs, rows, slot, unit, empty, xs, zero)
         else:
-            acc, rest = _mxfp4(big, small, pairs, rows, slot, empty, xs, zero)
+            acc, rest = _mxfp4(big, small, pairs, rows, slot, unit, empty, xs, zero)
     elif S.tiles.scales == "e8m0":
-        acc, rest = _mxfp8(big, small, pairs, rows, slot, empty, xs, zero)
+        acc, rest = _mxfp8(big, small, pairs, rows, slot, unit, empty, xs, zero)
     else:
-        acc, rest = _fp8(big, small, pairs, rows, slot, empty, xs, zero)
+        acc, rest = _fp8(big, small, pairs, rows, slot, unit, empty, xs, zero)
     acc = gl.convert_layout(acc.reshape([128, 8]), MMA, assert_trivial=True)
     bias = (rest & -65536).to(gl.float32, bitcast=True)
     bias = gl.convert_layout(bias, gl.SliceLayout(1, MMA), assert_trivial=True)
@@ -262,21 +263,22 @@ def expert_product(big, small, pairs, rows, slot, empty, xs, zero, S: gl.constex
 
 
 @gluon.jit
-def expert_views(ebig, esmall, ewords, S: gl.constexpr):
-    """The ring of experts' tiles as it is multiplied: codes in two parts, the words of rows in
-    pairs [.., 2, 128] (one by one where scales are fp32), and as rows [.., 128]."""
+def expert_views(big, small, ewords, S: gl.constexpr):
+    """The ring of experts' tiles as it is multiplied: codes in two parts, behind those of the dense
+    ring; the words of rows in pairs [.., 2, 128] (one by one where scales are fp32), and as rows
+    [.., 128]."""
     SLOTS: gl.constexpr = S.expert_slots
     WORDS: gl.constexpr = S.tiles.boxes[2] // 2  # 128 of them are two rows of a box
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     if S.tiles.bits == 4:
         FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
-        big = seen_as(ebig, gl.int32, [SLOTS * 4, 8, 8, 4, 4], FLAT4)
-        small = seen_as(esmall, gl.int32, [SLOTS, 8, 8, 4, 4], FLAT4)
+        big = seen_as(big, gl.int32, [S.all_slots * 4, 8, 8, 4, 4], FLAT4)
+        small = seen_as(small, gl.int32, [S.all_slots, 8, 8, 4, 4], FLAT4)
     else:
         SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
-        big = seen_as(ebig, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED)
-        small = seen_as(esmall, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED)
+        big = seen_as(big, gl.float8e4nv, [S.all_slots * 8, 128, 32], SWIZZLED)
+        small = seen_as(small, gl.float8e4nv, [S.all_slots * 2, 128, 32], SWIZZLED)
     if S.tiles.scales == "fp32":
         pairs = seen_as(ewords, gl.float32, [SLOTS * WORDS * 128, 1], FLAT)
     else:

@@ -6,41 +6,59 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from kernels.persistent.exchange import claim, claimed, wait_for_signatures
 from kernels.persistent.gluon_names import copy_rows, seen_as
-from kernels.persistent.shares import expert_share, share
+from kernels.persistent.shares import dense_slot, expert_share, share
 
 
 @gluon.jit
 def _dense_line(
-    desc128, desc32, base, first, last, n, big, small, full, empty, S: gl.constexpr
+    desc128, desc32, base, first, last, n, m, layer, big, small, full, empty, lent, S: gl.constexpr
 ):  # fmt: skip
-    """Load the tiles from base + first to base + last, slot by slot; n counts the slots."""
+    """Load the tiles from base + first to base + last, slot by slot.
+
+    n, m: pieces so far in the ring's own slots, and of this layer; returned
+    """
     for i in range((base + first) * S.pieces, (base + last) * S.pieces):
-        slot = n % S.dense_slots
+        slot, is_lent = dense_slot(n, m, S)
         bar = full.index(slot)
-        mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
+        if is_lent:
+            mbarrier.wait(lent.index(0), (layer & 1) ^ 1)
+        else:
+            mbarrier.wait(empty.index(slot), ((n // S.dense_slots) & 1) ^ 1)
         mbarrier.expect(bar, 160 * 256)
         copy_rows(desc128, [i * 160, 0], bar, big.index(slot))
         copy_rows(desc32, [i * 160 + 128, 0], bar, small.index(slot))
-        n += 1
-    return n
+        n += gl.where(is_lent, 0, 1)
+        m += 1
+    return n, m
 
 
 @gluon.jit
-def dense_producer(desc128, desc32, big, small, full, empty, S: gl.constexpr):
-    """One warp: every dense tile of this program, in the order in which they are multiplied."""
+def dense_producer(desc128, desc32, big, small, full, empty, lent, S: gl.constexpr):
+    """One warp: every dense tile of this program, in the order in which they are multiplied.
+
+    lent: passed once a layer, when the experts' ring has been read
+    """
+    PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
+    big = seen_as(big, gl.uint8, [S.dense_slots + S.lent_slots, 128, 256], PLAIN)
+    small = seen_as(small, gl.uint8, [S.dense_slots + S.lent_slots, 32, 256], PLAIN)
     program = gl.program_id(0)
     qkv_column, qkv0, qkv1 = share(program, S.width_columns, S.qkv_blocks, S)
     out_column, out0, out1 = share(program, S.out_columns, S.mixed_blocks, S)
     n = 0
     for layer in range(S.layers):
         base = layer * S.layer_tiles + qkv_column * S.qkv_blocks
-        n = _dense_line(desc128, desc32, base, qkv0, qkv1, n, big, small, full, empty, S)
+        n, m = _dense_line(
+            desc128, desc32, base, qkv0, qkv1, n, layer * 0, layer, big, small, full, empty, lent, S
+        )
         base = layer * S.layer_tiles + S.qkv_tiles + out_column * S.mixed_blocks
-        n = _dense_line(desc128, desc32, base, out0, out1, n, big, small, full, empty, S)
+        n, m = _dense_line(
+            desc128, desc32, base, out0, out1, n, m, layer, big, small, full, empty, lent, S
+        )
     first = S.head_blocks * program // S.programs * S.width_columns
     last = S.head_blocks * (program + 1) // S.programs * S.width_columns
     base = S.layers * S.layer_tiles
-    _dense_line(desc128, desc32, base, first, last, n, big, small, full, empty, S)
+    m = n * 0 + S.dense_slots + S.lent_slots  # nothing is lent
+    _dense_line(desc128, desc32, base, first, last, n, m, n, big, small, full, empty, lent, S)
 
 
 @gluon.jit
@@ -53,8 +71,8 @@ def _expert_tile(
     at = tile * S.tiles.rows
     bar = full.index(slot)
     mbarrier.expect(bar, (BOXES[0] + BOXES[1] + BOXES[2]) * 256)
-    copy_rows(codes, [at, 0], bar, big.index(slot))
-    copy_rows(more_codes, [at + BOXES[0], 0], bar, small.index(slot))
+    copy_rows(codes, [at, 0], bar, big.index(S.dense_pool + slot))
+    copy_rows(more_codes, [at + BOXES[0], 0], bar, small.index(S.dense_pool + slot))
     copy_rows(words, [at + BOXES[0] + BOXES[1], 0], bar, scales.index(slot))
 
 

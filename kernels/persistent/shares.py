@@ -22,6 +22,18 @@ def share(program, COLUMNS: gl.constexpr, BLOCKS: gl.constexpr, S: gl.constexpr)
 
 
 @gluon.jit
+def dense_slot(n, m, S: gl.constexpr):
+    """The slot of a layer's m-th piece of dense weights, of which n have gone to the ring's own
+    slots so far; and whether the experts' ring has lent it.
+
+    A layer's pieces behind the first `dense_slots` go to lent slots: these are free from the end of
+    the layer before, when the memory has least to do, and are read before experts are known.
+    """
+    is_lent = (m >= S.dense_slots) & (m < S.dense_slots + S.lent_slots)
+    return gl.where(is_lent, m, n % S.dense_slots), is_lent
+
+
+@gluon.jit
 def attention_duty(program, S: gl.constexpr):
     """A program's place in the order in which programs take parts of the cache.
 

@@ -69,7 +69,8 @@ class StepSizes:
     programs: int
     tiles: ExpertTiles = EXPERT_TILES[MXFP4.name]  # of the experts
     dense_slots: int = 2
-    expert_slots: int = 4
+    lent_slots: int = 2  # more for dense weights, in the experts' ring while that is not needed
+    expert_slots: int = 5
     splits: int = 16  # of the cache of a full layer
     single: int = 1024  # cached positions up to which one program reads a kv head's cache
 
@@ -240,16 +241,35 @@ class StepSizes:
         return rings * ROW_BYTES + slices + 2 * self.most_blocks * TILE_ROWS * 4 + OTHER_BYTES
 
     @property
+    def slots_for_dense(self) -> int:
+        """Slots of the experts' ring that hold as much as one of the dense ring."""
+        return 128 // self.tiles.boxes[0]
+
+    @property
+    def dense_pool(self) -> int:
+        """The dense ring in slots of the experts' ring, which stands behind it."""
+        return self.dense_slots * self.slots_for_dense
+
+    @property
+    def all_slots(self) -> int:
+        """Of both rings, in slots of the experts'."""
+        return self.dense_pool + self.expert_slots
+
+    @property
     def head_slices_bytes(self) -> int:
         """Of the whole vector as the head takes it, which stands where experts' tiles did."""
         return self.width_columns * self.slice_groups * 256
 
     def with_rings(self, shared_bytes: int) -> StepSizes:
         """The same with as many slots as fit into this much shared memory of a program."""
-        box = self.tiles.boxes[0] * ROW_BYTES
-        least = max(4 if self.tiles.bits == 4 else 3, cdiv(self.head_slices_bytes, box))
-        for dense, experts in ((3, least), *((2, n) for n in range(2 * least, least - 1, -1))):
-            sizes = replace(self, dense_slots=dense, expert_slots=experts)
-            if sizes.shared_bytes <= shared_bytes:
-                return sizes
+        for dense, lent in ((3, 1), (2, 2)):
+            least = max(
+                4 if self.tiles.bits == 4 else 3,
+                lent * self.slots_for_dense + 1,  # the last one is attention's
+                cdiv(self.head_slices_bytes, self.tiles.boxes[0] * ROW_BYTES),
+            )
+            for experts in range(2 * least, least - 1, -1):
+                sizes = replace(self, dense_slots=dense, lent_slots=lent, expert_slots=experts)
+                if sizes.shared_bytes <= shared_bytes:
+                    return sizes
         raise ValueError(f"a program needs more than {shared_bytes} bytes of shared memory")

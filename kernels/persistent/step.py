@@ -97,8 +97,8 @@ def consumer(
     token, position_ptr, settings, seed, step, seen, history, logprobs, counter, embedding, norms,
     moe_norms, final_norm, qkv_scale, qkv_bias,
     sinks, out_scale, out_bias, router, router_bias, head_scale, cos, sin,
-    cache, cache_table, sums, tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales,
-    efull, eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace, draws,
+    cache, cache_table, sums, tagged, logits, pool, small_pool, dfull, dempty, lent, escales, efull,
+    eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace, draws,
     S: gl.constexpr,
 ):  # fmt: skip
     """Eight warps: all arithmetic of this program."""
@@ -109,28 +109,28 @@ def consumer(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     FLAT2: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[1, 0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
-    SLOTS: gl.constexpr = S.dense_slots
-    COLUMNS: gl.constexpr = S.width_columns
+    SLOTS: gl.constexpr = S.dense_slots + S.lent_slots
     APART: gl.constexpr = S.slice_groups
     # The head's slices stand where the experts' tiles did. All other phases have one slice in xs,
     # at an address that the compiler knows, so that what names it to the tensor cores is constant.
+    SLICES: gl.constexpr = S.dense_slots * 128 // APART + S.width_columns
     if S.fp8:
-        big = seen_as(dbig, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED8)
-        small = seen_as(dsmall, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED8)
+        big = seen_as(pool, gl.float8e4nv, [SLOTS * 8, 128, 32], SWIZZLED8)
+        small = seen_as(small_pool, gl.float8e4nv, [SLOTS * 2, 128, 32], SWIZZLED8)
         xd = seen_as(xs, gl.float8e4nv, [APART, 8, 32], SWIZZLED8)
         xstore = seen_as(xs, gl.float8e4nv, [1, APART, 8, 32], SWIZZLED8_3)
-        xh = seen_as(ebig, gl.float8e4nv, [COLUMNS * APART, 8, 32], SWIZZLED8)
-        hstore = seen_as(ebig, gl.float8e4nv, [COLUMNS, APART, 8, 32], SWIZZLED8_3)
+        xh = seen_as(pool, gl.float8e4nv, [SLICES * APART, 8, 32], SWIZZLED8)
+        hstore = seen_as(pool, gl.float8e4nv, [SLICES, APART, 8, 32], SWIZZLED8_3)
     else:
-        big = seen_as(dbig, gl.bfloat16, [SLOTS * 8, 128, 16], SWIZZLED16)
-        small = seen_as(dsmall, gl.bfloat16, [SLOTS * 2, 128, 16], SWIZZLED16)
+        big = seen_as(pool, gl.bfloat16, [SLOTS * 8, 128, 16], SWIZZLED16)
+        small = seen_as(small_pool, gl.bfloat16, [SLOTS * 2, 128, 16], SWIZZLED16)
         xd = seen_as(xs, gl.bfloat16, [APART, 8, 16], SWIZZLED16)
         xstore = seen_as(xs, gl.bfloat16, [1, APART, 8, 16], SWIZZLED16_3)
-        xh = seen_as(ebig, gl.bfloat16, [COLUMNS * APART, 8, 16], SWIZZLED16)
-        hstore = seen_as(ebig, gl.bfloat16, [COLUMNS, APART, 8, 16], SWIZZLED16_3)
+        xh = seen_as(pool, gl.bfloat16, [SLICES * APART, 8, 16], SWIZZLED16)
+        hstore = seen_as(pool, gl.bfloat16, [SLICES, APART, 8, 16], SWIZZLED16_3)
     xe = seen_as(xs, gl.float8e4nv, [APART, 8, 32], SWIZZLED8)
     estore = seen_as(xs, gl.float8e4nv, [1, 16, 8, 32], SWIZZLED8_3)
-    wbig, wsmall, wpairs, wrows = expert_views(ebig, esmall, escales, S)
+    wbig, wsmall, wpairs, wrows = expert_views(pool, small_pool, escales, S)
     staged = seen_as(rows, gl.float32, [2, S.most_blocks, 128], FLAT2)
     numbers = seen_as(qs, gl.float32, [512], FLAT)
     program = gl.program_id(0)
@@ -151,7 +151,8 @@ def consumer(
 
     weight = 1.0  # of the chosen expert whose down tiles this program has
     factor = 0.0  # of the norm in front of the experts
-    dn = 0  # tiles of the rings so far
+    dn = 0  # pieces and tiles of the rings so far
+    pieces = 0  # of dense weights in a layer so far
     en = 0
     claims = 0  # of tiles of gate_up so far
     count = 1  # contributions to a row of the residual so far
@@ -191,7 +192,7 @@ def consumer(
                         layer, worker % S.kv_heads, split, used, per, position, start, tag,
                         squares, qkv + turn_of(anew(layer), S), (accs, peaks, totals), attention,
                         qkv_scale, qkv_bias, sinks, cos, sin, k_cache, v_cache, slots, qs,
-                        (ebig, esmall, escales), trace, S,
+                        (pool, small_pool, escales), trace, S,
                     )  # fmt: skip
                     stamp(trace, layer, ATTENTION, ENDS, True, S)
                 part = router_duty(anew(program), S)
@@ -221,9 +222,9 @@ def consumer(
                 sign(signed)
             stamp(trace, layer, phase, READY, first < last, S)
             turn = turn_of(anew(layer), S)
-            dn = dense_tiles(
-                first, last, dn, unscale, half == 0, big, small, xd, 0, dfull, dempty, rows,
-                residual, TO_QKV + turn, TO_LOGITS + turn, S,
+            dn, pieces = dense_tiles(
+                first, last, dn, gl.where(half == 0, 0, pieces), layer, unscale, half == 0, big,
+                small, xd, 0, dfull, dempty, rows, residual, TO_QKV + turn, TO_LOGITS + turn, S,
             )  # fmt: skip
             stamp(trace, layer, phase, ENDS, first < last, S)
         count += S.out_columns
@@ -273,6 +274,7 @@ def consumer(
                 wpairs, wrows, xe, efull, eempty, told, tellings, sums_at, S,
             )  # fmt: skip
             stamp(trace, layer, phase, ENDS, works, S)
+        mbarrier.arrive(lent.index(0), count=1)
         count += S.top_k * S.down_columns
     head(
         dn, residual, final_norm, count, hstore, hscale, big, small, xh, dfull, dempty, head_scale,
@@ -295,13 +297,12 @@ def step_kernel(
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
     THREE: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=3)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    DENSE: gl.constexpr = S.dense_slots
+    DENSE: gl.constexpr = S.dense_slots + S.lent_slots
     EXPERT: gl.constexpr = S.expert_slots
-    dbig = gl.allocate_shared_memory(gl.uint8, [DENSE, 128, 256], PLAIN)
-    dsmall = gl.allocate_shared_memory(gl.uint8, [DENSE, 32, 256], PLAIN)
+    # Both rings, each in two parts: the dense one first, so that what is lent stands behind it.
     BOXES: gl.constexpr = S.tiles.boxes
-    ebig = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[0], 256], PLAIN)
-    esmall = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[1], 256], PLAIN)
+    pool = gl.allocate_shared_memory(gl.uint8, [S.all_slots, BOXES[0], 256], PLAIN)
+    small_pool = gl.allocate_shared_memory(gl.uint8, [S.all_slots, BOXES[1], 256], PLAIN)
     escales = gl.allocate_shared_memory(gl.uint8, [EXPERT, BOXES[2], 256], PLAIN)
     APART: gl.constexpr = S.slice_groups
     xs = gl.allocate_shared_memory(gl.float8e4nv, [1, APART, 8, 32], THREE)
@@ -317,6 +318,7 @@ def step_kernel(
     efull = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
     eempty = gl.allocate_shared_memory(gl.int64, [EXPERT, 1], mbarrier.MBarrierLayout())
     routed = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
+    lent = gl.allocate_shared_memory(gl.int64, [1, 1], mbarrier.MBarrierLayout())
     TOLD: gl.constexpr = S.told_slots
     told = gl.allocate_shared_memory(gl.int32, [TOLD, 1], LINE)
     tellings = gl.allocate_shared_memory(gl.int64, [TOLD, 1], mbarrier.MBarrierLayout())
@@ -327,6 +329,7 @@ def step_kernel(
         mbarrier.init(efull.index(s), count=1)
         mbarrier.init(eempty.index(s), count=1)
     mbarrier.init(routed.index(0), count=1)
+    mbarrier.init(lent.index(0), count=1)
     for s in gl.static_range(TOLD):
         mbarrier.init(tellings.index(s), count=1)
     _, _, _, _, signed = parts_of(sums, gl.load(counter), S)
@@ -336,11 +339,11 @@ def step_kernel(
                         embedding, norms, moe_norms, final_norm,
                         qkv_scale, qkv_bias, sinks, out_scale, out_bias, router, router_bias,
                         head_scale, cos, sin, cache, cache_table, sums,
-                        tagged, logits, dbig, dsmall, dfull, dempty, ebig, esmall, escales, efull,
+                        tagged, logits, pool, small_pool, dfull, dempty, lent, escales, efull,
                         eempty, chosen, routed, told, tellings, xs, hscale, rows, qs, trace_ptr,
                         draws, S)),
-            (dense_producer, (dense128, dense32, dbig, dsmall, dfull, dempty, S)),
-            (expert_producer, (codes, more_codes, words, signed, ebig, esmall, escales,
+            (dense_producer, (dense128, dense32, pool, small_pool, dfull, dempty, lent, S)),
+            (expert_producer, (codes, more_codes, words, signed, pool, small_pool, escales,
                                efull, eempty, chosen, routed, told, tellings, S)),
         ],
         [1, 1],

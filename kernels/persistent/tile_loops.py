@@ -12,6 +12,7 @@ from kernels.persistent.multiply import (
     expert_product,
     row_sums,
 )
+from kernels.persistent.shares import dense_slot
 from kernels.persistent.slices import residual_slice, slice_stored, store_dense
 from kernels.persistent.stamps import BEGINS, ENDS, READY, stamp
 
@@ -24,22 +25,27 @@ def _wait_full(full, n, slots: gl.constexpr):
 
 
 @gluon.jit
-def dense_tile(n, big, small, xs, x, full, empty, zero, S: gl.constexpr):
-    """Sums [128, 8] of the tile that begins in the ring's n-th slot, and where the next begins."""
+def dense_tile(n, m, layer, big, small, xs, x, full, empty, zero, S: gl.constexpr):
+    """Sums [128, 8] of a tile.
+
+    n, m: pieces so far in the ring's own slots, and of this layer; returned
+    """
     acc = zero
     PIECES: gl.constexpr = S.pieces
     for piece in gl.static_range(PIECES):
-        slot = _wait_full(full, n, S.dense_slots)
+        slot, is_lent = dense_slot(n, m, S)
+        mbarrier.wait(full.index(slot), gl.where(is_lent, layer, n // S.dense_slots) & 1)
         acc = dense_piece(acc, big, small, xs, x + piece * 10, slot, piece == 0)
-        mbarrier.arrive(empty.index(slot), count=1)
-        n += 1
-    return acc, n
+        mbarrier.arrive(empty.index(slot), count=1)  # of a lent one nobody waits for it
+        n += gl.where(is_lent, 0, 1)
+        m += 1
+    return acc, n, m
 
 
 @gluon.jit
 def dense_tiles(
-    first, last, n, unscale, plain, big, small, xs, x, full, empty, rows, residual, to_qkv,
-    to_logits, S: gl.constexpr,
+    first, last, n, m, layer, unscale, plain, big, small, xs, x, full, empty, rows, residual,
+    to_qkv, to_logits, S: gl.constexpr,
 ):  # fmt: skip
     """Add tiles of one column: to the sums of qkv if plain, `to_qkv` words behind the residual's;
     else with scales and biases as staged to the residual, and the router's rows to the logits."""
@@ -48,7 +54,7 @@ def dense_tiles(
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
     lane = gl.arange(0, 128, layout=ROW)
     for block in range(first, last):
-        acc, n = dense_tile(n, big, small, xs, x, full, empty, zero, S)
+        acc, n, m = dense_tile(n, m, layer, big, small, xs, x, full, empty, zero, S)
         value = row_sums(acc, MMA, S.fp8) * unscale
         if S.fp8:
             scale = rows.index(S.most_blocks + (block - first) % S.most_blocks).load(ROW)
@@ -60,7 +66,7 @@ def dense_tiles(
         row = (block * 128 + lane) & gl.where(is_router, S.padded_experts - 1, -1)
         further = gl.where(plain, to_qkv, gl.where(is_router, to_logits, 0))
         add_to_sums(residual + further + row, value, 1, row >= 0)
-    return n
+    return n, m
 
 
 @gluon.jit
@@ -108,18 +114,22 @@ def head(
     tokens is published in words."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, 8, 32 if S.fp8 else 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
+    FIRST: gl.constexpr = S.dense_slots * 128 // S.slice_groups
     squares = 0.0
     stamp(trace, S.layers, 0, BEGINS, True, S)
     for column in range(S.width_columns):
         _, x, ss = residual_slice(x_ptr, norm_ptr, count, column, S)
         squares += gl.sum(ss, 0)
-        unscale = store_dense(x, store, column, S)
+        unscale = store_dense(x, store, FIRST + column, S)
         hscale.index(column).store(gl.zeros([1], gl.float32, layout=ONE) + unscale)
     factor = gl.rsqrt(squares / S.width + S.eps)
     slice_stored()
     stamp(trace, S.layers, 0, READY, True, S)
     lane = gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
     zero = gl.zeros([128, 8], gl.float32, layout=MMA)
+    m = n * 0 + S.dense_slots + S.lent_slots  # nothing is lent
+    # The slices stand where the experts' tiles did.
+    SLICES: gl.constexpr = S.dense_slots * 128
     program = gl.program_id(0)
     first = S.head_blocks * program // S.programs
     found = nothing_found(gl.minimum(first * 128 + lane, S.vocabulary - 1))
@@ -132,8 +142,8 @@ def head(
             scale = gl.load(scale_ptr + safe)
         acc = zero
         for column in range(S.width_columns):
-            part, n = dense_tile(
-                n, big, small, xs, column * S.slice_groups, full, empty, zero, S
+            part, n, _ = dense_tile(
+                n, m, n, big, small, xs, SLICES + column * S.slice_groups, full, empty, zero, S
             )  # fmt: skip
             if S.fp8:
                 acc += part * gl.sum(hscale.index(column).load(ONE), 0)

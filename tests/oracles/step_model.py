@@ -18,7 +18,7 @@ from quant.tensor import QuantTensor
 TINY = StepSizes(
     layers=2, width=192, heads=4, kv_heads=2, head_width=64, experts=5, top_k=4, hidden=96,
     vocabulary=200, window=128, eps=1e-5, limit=7.0, alpha=1.702, fp8=False, programs=9, splits=4,
-    dense_slots=2, expert_slots=4, single=150,
+    expert_slots=5, single=150,
 )  # fmt: skip
 
 
