@@ -85,6 +85,166 @@ def place_in_chunks(k):
     return k // 64 * 64 + k // 4 % 4 * 16 + k // 16 % 4 * 4 + k % 4
 
 
+@triton.jit
+def _moe_gemm_block(
+    expert,
+    x_ptr,
+    weights_ptr,
+    scales_ptr,
+    tensor_scale_ptr,
+    bias_ptr,
+    block_rows_ptr,
+    expert_weights_ptr,
+    out_ptr,
+    pairs,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    X_STRIDE: tl.constexpr,
+    PAIRS_PER_ROW: tl.constexpr,
+    CODES: tl.constexpr,
+    SCALES: tl.constexpr,
+    SCALE_ROWS: tl.constexpr,
+    SCALE_COLUMNS: tl.constexpr,
+    SCALES_PER_EXPERT: tl.constexpr,
+    TILED: tl.constexpr,
+    TILES_PER_EXPERT: tl.constexpr,
+    FIRST_TILE: tl.constexpr,
+    TILE_BYTES: tl.constexpr,
+    STEPS: tl.constexpr,
+    OUT_STRIDE: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    GATE_STEP: tl.constexpr,
+    TO_UP: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    OFFSET: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """BLOCK_M pairs by BLOCK_N weight rows of an expert; the kernel's arguments, block_rows_ptr of
+    this block."""
+    # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
+    # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they scale its sum.
+    # fp32 scales in tiles are both: of 64 columns, which are a step, and of a row.
+    IN_CHUNKS: tl.constexpr = TILED and CODES == "e2m1"
+    IN_TILE: tl.constexpr = SCALES != "none" and SCALE_COLUMNS < BLOCK_K
+    GROUP: tl.constexpr = SCALE_COLUMNS if IN_TILE and SCALES != "fp32" else 0
+    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0 and not TILED
+    tl.static_assert(GROUP > 0 or PER_ROW or not IN_TILE, "blocks of fp32 scales within a step")
+    PER_STEP: tl.constexpr = SCALES != "none" and GROUP == 0 and not PER_ROW
+    pair = tl.load(block_rows_ptr + tl.arange(0, BLOCK_M))
+    working = pair < pairs
+    x_row = (pair // PAIRS_PER_ROW).to(tl.int64)
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if SWIGLU:  # gate and up in turn; none for activations that there are not
+        n = tl.where(n < N, n // 2 * GATE_STEP + n % 2 * TO_UP, N)
+    row = expert * N + n
+    if IN_CHUNKS:
+        n = tl.program_id(1) * BLOCK_N + chunk_rows(BLOCK_N)
+        row = expert * N + n
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first_tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
+    tile = first_tile
+    chunk = tl.program_id(1) * 0
+    x_rows = x_ptr + x_row[:, None] * X_STRIDE
+    if IN_CHUNKS:
+        words, first, second = load_chunk(weights_ptr + tile, chunk, SCALES, BLOCK_N, STEPS)
+        k = tl.arange(0, BLOCK_K)
+        x_next = tl.load(x_rows + k[None, :], mask=working[:, None], other=0.0)
+    for k0 in range(0, K, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K)
+        inside = working[:, None] & (k < K)[None, :]
+        if IN_CHUNKS:
+            # Loads of the next chunk are under way while this one is decoded and multiplied.
+            # Behind a tile's last one comes the same rows' tile of the next columns.
+            is_last = chunk == STEPS - 1
+            tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
+            next_chunk = tl.where(is_last, 0, chunk + 1)
+            more = k0 + BLOCK_K < K  # else any tile
+            next_words, next_first, next_second = load_chunk(
+                weights_ptr + tl.where(more, tile, 0), next_chunk, SCALES, BLOCK_N, STEPS
+            )
+            x = x_next
+            x_next = tl.load(
+                x_rows + (k + BLOCK_K)[None, :], mask=working[:, None] & more, other=0.0
+            )
+            w = decode_chunk(words, first, second, chunk, x.dtype, SCALES, BLOCK_N, STEPS)
+            words, first, second, chunk = next_words, next_first, next_second, next_chunk
+        elif TILED:
+            x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            step = k0 // BLOCK_K
+            down: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+            tile = first_tile + step // STEPS * (down * TILE_BYTES)
+            words, stored = load_step(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
+            w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
+        elif CODES == "bf16":
+            x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            w = tl.load(
+                weights_ptr + row[:, None] * K + k[None, :],
+                mask=(n < N)[:, None] & (k < K)[None, :],
+                other=0.0,
+            ).to(x.dtype)
+        else:
+            x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
+            word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
+            words = tl.load(
+                weights_ptr + row[:, None] * (K // 8) + word[None, :],
+                mask=(n < N)[:, None] & (word < K // 8)[None, :],
+                other=0,
+            )
+            stored = 0
+            if GROUP > 0:
+                group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
+                stored = tl.load(
+                    scales_ptr + row[:, None] * (K // GROUP) + group[None, :],
+                    mask=(n < N)[:, None] & (group < K // GROUP)[None, :],
+                    other=0,
+                )
+            w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
+        if PER_STEP:
+            part = tl.dot(x, tl.trans(w), input_precision="ieee")
+            if TILED:
+                acc += part * step_factor(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
+            else:
+                across = (K + SCALE_COLUMNS - 1) // SCALE_COLUMNS
+                place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS * across
+                scale = tl.load(scales_ptr + place + k0 // SCALE_COLUMNS, mask=n < N, other=0)
+                acc += part * decode_scale(scale, SCALES)[None, :]
+        else:
+            acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
+    if PER_ROW:
+        place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS
+        scale = tl.load(scales_ptr + place, mask=n < N, other=0)
+        acc *= decode_scale(scale, SCALES)[None, :]
+    if TILED and SCALES != "e8m0":
+        in_tile = n - tl.program_id(1) * BLOCK_N
+        acc *= row_factor(weights_ptr + first_tile, in_tile, SCALES, BLOCK_N, STEPS)[None, :]
+    if tensor_scale_ptr is not None:
+        acc *= tl.load(tensor_scale_ptr)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    if SWIGLU:
+        f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
+        if IN_CHUNKS:
+            # Pairs of rows r and r + 8 stand side by side: gate and up are two apart.
+            acc = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_N // 4, 2, 2)), (0, 1, 3, 2))
+            i = tl.arange(0, BLOCK_N // 2)
+            f = tl.program_id(1) * (BLOCK_N // 2) + i // 8 * 8 + i % 2 * 4 + i // 2 % 4
+        gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
+        hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
+        inside = working[:, None] & (f < N // 2)[None, :]
+        if IN_CHUNKS:  # what it is multiplied with stands in tiles too
+            f = place_in_chunks(f)
+        out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + f[None, :]
+        tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        weight = tl.load(expert_weights_ptr + pair, mask=working, other=0.0)
+        out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + n[None, :]
+        inside = working[:, None] & (n < N)[None, :]
+        tl.store(out, acc * weight[:, None], mask=inside)
+
+
 # A program computes BLOCK_M pairs by BLOCK_N weight rows of one expert. Row blocks change fastest,
 # so that blocks of one expert read its weights from L2. Grid: B, N / BLOCK_N.
 # The number of pairs is not specialised: no prompt length compiles anything new.
@@ -125,129 +285,29 @@ def _moe_gemm_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    HALVES: tl.constexpr,  # whether a block with few pairs is computed as half of one
 ):
-    # Groups in a row are shorter than a step; blocks are not; a scale of a row is for all steps.
-    # fp32 scales do not fit the weights' 16 bits: of a row shorter than a step they scale its sum.
-    # fp32 scales in tiles are both: of 64 columns, which are a step, and of a row.
-    IN_CHUNKS: tl.constexpr = TILED and CODES == "e2m1"
-    IN_TILE: tl.constexpr = SCALES != "none" and SCALE_COLUMNS < BLOCK_K
-    GROUP: tl.constexpr = SCALE_COLUMNS if IN_TILE and SCALES != "fp32" else 0
-    PER_ROW: tl.constexpr = SCALES != "none" and SCALE_COLUMNS >= K and GROUP == 0 and not TILED
-    tl.static_assert(GROUP > 0 or PER_ROW or not IN_TILE, "blocks of fp32 scales within a step")
-    PER_STEP: tl.constexpr = SCALES != "none" and GROUP == 0 and not PER_ROW
     block = tl.program_id(0)
     expert = tl.load(block_expert_ptr + block).to(tl.int64)
+    rows_ptr = block_rows_ptr + block * BLOCK_M
     if expert < E:
-        pair = tl.load(block_rows_ptr + block * BLOCK_M + tl.arange(0, BLOCK_M))
-        working = pair < pairs
-        x_row = (pair // PAIRS_PER_ROW).to(tl.int64)
-        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-        if SWIGLU:  # gate and up in turn; none for activations that there are not
-            n = tl.where(n < N, n // 2 * GATE_STEP + n % 2 * TO_UP, N)
-        row = expert * N + n
-        if IN_CHUNKS:
-            n = tl.program_id(1) * BLOCK_N + chunk_rows(BLOCK_N)
-            row = expert * N + n
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        first_tile = (expert * TILES_PER_EXPERT + FIRST_TILE + tl.program_id(1)) * TILE_BYTES
-        tile = first_tile
-        chunk = tl.program_id(1) * 0
-        x_rows = x_ptr + x_row[:, None] * X_STRIDE
-        if IN_CHUNKS:
-            words, first, second = load_chunk(weights_ptr + tile, chunk, SCALES, BLOCK_N, STEPS)
-            k = tl.arange(0, BLOCK_K)
-            x_next = tl.load(x_rows + k[None, :], mask=working[:, None], other=0.0)
-        for k0 in range(0, K, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K)
-            inside = working[:, None] & (k < K)[None, :]
-            if IN_CHUNKS:
-                # Loads of the next chunk are under way while this one is decoded and multiplied.
-                # Behind a tile's last one comes the same rows' tile of the next columns.
-                is_last = chunk == STEPS - 1
-                tile += tl.where(is_last, (N + BLOCK_N - 1) // BLOCK_N * TILE_BYTES, 0)
-                next_chunk = tl.where(is_last, 0, chunk + 1)
-                more = k0 + BLOCK_K < K  # else any tile
-                next_words, next_first, next_second = load_chunk(
-                    weights_ptr + tl.where(more, tile, 0), next_chunk, SCALES, BLOCK_N, STEPS
-                )
-                x = x_next
-                x_next = tl.load(
-                    x_rows + (k + BLOCK_K)[None, :], mask=working[:, None] & more, other=0.0
-                )
-                w = decode_chunk(words, first, second, chunk, x.dtype, SCALES, BLOCK_N, STEPS)
-                words, first, second, chunk = next_words, next_first, next_second, next_chunk
-            elif TILED:
-                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-                step = k0 // BLOCK_K
-                down: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-                tile = first_tile + step // STEPS * (down * TILE_BYTES)
-                words, stored = load_step(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
-                w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
-            elif CODES == "bf16":
-                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-                w = tl.load(
-                    weights_ptr + row[:, None] * K + k[None, :],
-                    mask=(n < N)[:, None] & (k < K)[None, :],
-                    other=0.0,
-                ).to(x.dtype)
-            else:
-                x = tl.load(x_rows + k[None, :], mask=inside, other=0.0)
-                word = k0 // 8 + tl.arange(0, BLOCK_K // 8)
-                words = tl.load(
-                    weights_ptr + row[:, None] * (K // 8) + word[None, :],
-                    mask=(n < N)[:, None] & (word < K // 8)[None, :],
-                    other=0,
-                )
-                stored = 0
-                if GROUP > 0:
-                    group = k0 // GROUP + tl.arange(0, BLOCK_K // GROUP)
-                    stored = tl.load(
-                        scales_ptr + row[:, None] * (K // GROUP) + group[None, :],
-                        mask=(n < N)[:, None] & (group < K // GROUP)[None, :],
-                        other=0,
-                    )
-                w = decode_tile(words, stored, x.dtype, CODES, SCALES, GROUP, BLOCK_N, BLOCK_K)
-            if PER_STEP:
-                part = tl.dot(x, tl.trans(w), input_precision="ieee")
-                if TILED:
-                    acc += part * step_factor(weights_ptr + tile, step % STEPS, BLOCK_N, STEPS)
-                else:
-                    across = (K + SCALE_COLUMNS - 1) // SCALE_COLUMNS
-                    place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS * across
-                    scale = tl.load(scales_ptr + place + k0 // SCALE_COLUMNS, mask=n < N, other=0)
-                    acc += part * decode_scale(scale, SCALES)[None, :]
-            else:
-                acc = tl.dot(x, tl.trans(w), acc, input_precision="ieee")
-        if PER_ROW:
-            place = expert * SCALES_PER_EXPERT + n // SCALE_ROWS
-            scale = tl.load(scales_ptr + place, mask=n < N, other=0)
-            acc *= decode_scale(scale, SCALES)[None, :]
-        if TILED and SCALES != "e8m0":
-            in_tile = n - tl.program_id(1) * BLOCK_N
-            acc *= row_factor(weights_ptr + first_tile, in_tile, SCALES, BLOCK_N, STEPS)[None, :]
-        if tensor_scale_ptr is not None:
-            acc *= tl.load(tensor_scale_ptr)
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + row, mask=n < N, other=0.0).to(tl.float32)[None, :]
-        if SWIGLU:
-            f = tl.program_id(1) * (BLOCK_N // 2) + tl.arange(0, BLOCK_N // 2)
-            if IN_CHUNKS:
-                # Pairs of rows r and r + 8 stand side by side: gate and up are two apart.
-                acc = tl.permute(tl.reshape(acc, (BLOCK_M, BLOCK_N // 4, 2, 2)), (0, 1, 3, 2))
-                i = tl.arange(0, BLOCK_N // 2)
-                f = tl.program_id(1) * (BLOCK_N // 2) + i // 8 * 8 + i % 2 * 4 + i // 2 % 4
-            gate, up = tl.split(tl.reshape(acc, (BLOCK_M, BLOCK_N // 2, 2)))
-            hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
-            inside = working[:, None] & (f < N // 2)[None, :]
-            if IN_CHUNKS:  # what it is multiplied with stands in tiles too
-                f = place_in_chunks(f)
-            out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + f[None, :]
-            tl.store(out, hidden.to(out_ptr.dtype.element_ty), mask=inside)
+        HALF: tl.constexpr = BLOCK_M // 2
+        if HALVES and tl.load(rows_ptr + HALF) == pairs:
+            _moe_gemm_block(
+                expert, x_ptr, weights_ptr, scales_ptr, tensor_scale_ptr, bias_ptr, rows_ptr,
+                expert_weights_ptr, out_ptr, pairs, N, K, X_STRIDE, PAIRS_PER_ROW, CODES, SCALES,
+                SCALE_ROWS, SCALE_COLUMNS, SCALES_PER_EXPERT, TILED, TILES_PER_EXPERT, FIRST_TILE,
+                TILE_BYTES, STEPS, OUT_STRIDE, SWIGLU, GATE_STEP, TO_UP, LIMIT, ALPHA, OFFSET,
+                HALF, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
         else:
-            weight = tl.load(expert_weights_ptr + pair, mask=working, other=0.0)
-            out = out_ptr + pair.to(tl.int64)[:, None] * OUT_STRIDE + n[None, :]
-            inside = working[:, None] & (n < N)[None, :]
-            tl.store(out, acc * weight[:, None], mask=inside)
+            _moe_gemm_block(
+                expert, x_ptr, weights_ptr, scales_ptr, tensor_scale_ptr, bias_ptr, rows_ptr,
+                expert_weights_ptr, out_ptr, pairs, N, K, X_STRIDE, PAIRS_PER_ROW, CODES, SCALES,
+                SCALE_ROWS, SCALE_COLUMNS, SCALES_PER_EXPERT, TILED, TILES_PER_EXPERT, FIRST_TILE,
+                TILE_BYTES, STEPS, OUT_STRIDE, SWIGLU, GATE_STEP, TO_UP, LIMIT, ALPHA, OFFSET,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
 
 
 # A program adds the K outputs of one token, in order, to BLOCK_D columns of its residual.
@@ -418,6 +478,7 @@ def _launch(
         BLOCK_M=block_m,
         BLOCK_N=tile.block_n,
         BLOCK_K=tile.block_k,
+        HALVES=isinstance(weight, TiledExperts) and block_m == 128,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
