@@ -43,7 +43,7 @@ def test_speeds_are_those_of_the_results():
     value = {  # the last of each
         (r["runtime"].split()[0], r["model"], r["formats"].split()[0], int(r["context"]),
          r["metric"]): float(r["value"])
-        for r in rows if r["context"]
+        for r in rows if r["context"] and r["formats"].endswith("experts=mxfp4")
     }  # fmt: skip
     tables = re.findall(r"^\| (gpt-oss-\w+), (.*?) \|(.*)", README, re.M)
     checked = 0
@@ -69,7 +69,7 @@ def test_speeds_are_those_of_the_results():
                 found = scale * value[runtime, model, f"dense={dense}", length, name]
                 assert float(cell) == round(found), (model, what, dense)
                 checked += 1
-    assert checked >= 34
+    assert checked >= 39
 
 
 def test_speeds_on_an_h200_are_those_of_the_results():

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from moe_runtime.machines import Machine
 
-# Least and most of the rows `bandwidth_share` in benchmarks/results/h100.csv, on an NVIDIA H100:
-# gpt-oss-120b with FP8 after 8,192 tokens (commit 2021d06) and gpt-oss-20b with bf16 after 128
-# (commit 67b4c38).
-LOW_SHARE = 0.599711
-HIGH_SHARE = 0.769743
+# Rows `bandwidth_share` in benchmarks/results/h100.csv, on an NVIDIA H100: DeepSeek V3 with 9 layers
+# after 32,768 tokens (commit a3a75c3) and gpt-oss-20b with bf16 after 128 (commit 86e398c). Less
+# than the first reach V2-Lite in FP8 and V4, whose kernels are many and short.
+LOW_SHARE = 0.597809
+HIGH_SHARE = 0.821334
 
 
 @dataclass(frozen=True)

@@ -346,7 +346,7 @@ def test_speed_is_a_share_of_the_bandwidth():
     band = predict(5_000_000_000, replace(H100, read_gbps=3000.0))
     assert band.bound == pytest.approx(600)
     assert (band.low, band.high) == pytest.approx((600 * LOW_SHARE, 600 * HIGH_SHARE))
-    assert band.text() == "360 to 462"
+    assert band.text() == "359 to 493"
 
 
 def test_shares_are_rows_of_our_results():
