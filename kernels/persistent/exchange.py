@@ -5,14 +5,15 @@ words that it needs, and each word says whether it is complete:
 
     sums    int64   [ value in fixed point, 56 bits | contributions so far, 8 bits ]
             Any number of programs add to a word. Integers add in any order to the same bits, and
-            the low byte of what has been added since the last use says when all have come.
+            the low byte says when all have come since the word was zero.
     tagged  int64   [ tag of this use | fp32 ]
             One program writes, in one store of 8 bytes.
 
 A word is used again in every layer, so nothing may be added for the next use while a program has
 yet to read it. Most often that follows from what depends on what. Where it does not, readers sign
-(a word of sums, one contribution each), and who adds next waits for all signatures first; or layers
-use two sets of words in turn, of which programs clear the one that all have read.
+(a word of sums, one contribution each), and who adds next waits for all signatures first (the
+residual, which adds up over the layers); or layers use two sets of words in turn, of which programs
+clear the one that all have read (all other sums).
 """
 
 from triton.experimental import gluon

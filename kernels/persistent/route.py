@@ -3,7 +3,7 @@
 An expert's logit is its row of the router times the normed residual behind attention. That is what
 the residual in front of it gives, and what the output projection adds; the latter is a row times
 attention's outputs, router x norm x output projection, which stands in tiles behind those of the
-output projection (see router_rows in launch.py). So the logits are there when the residual is.
+output projection (see mixed_projection in pack.py). So the logits are there when the residual is.
 """
 
 from triton.experimental import gluon

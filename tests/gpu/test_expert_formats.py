@@ -66,10 +66,10 @@ def one_token(layer, module):
     return ids, mixing, hidden
 
 
-def many_tokens(block_rows):
+def many_tokens(block_rows, tokens=150):
     torch.manual_seed(2)
-    x = torch.randn(150, WIDTH, device="cuda").bfloat16()
-    return x, route_tokens(torch.randn(150, EXPERTS, device="cuda"), TOP_K, block_rows)
+    x = torch.randn(tokens, WIDTH, device="cuda").bfloat16()
+    return x, route_tokens(torch.randn(tokens, EXPERTS, device="cuda"), TOP_K, block_rows)
 
 
 def test_one_token_at_full_width(layer):
@@ -96,8 +96,9 @@ def test_many_tokens_at_full_width(layer, block_rows):
     assert_close(outputs, expected, "moe_gemm_mxfp4_bf16")
 
 
-def test_many_tokens_through_tiles(layer):
-    """Of the persistent step, with the fewest and the most pairs of a block."""
+@pytest.mark.parametrize("tokens", [40, 150])
+def test_many_tokens_through_tiles(layer, tokens):
+    """Of the persistent step, in blocks of few and of many pairs, some at most half full."""
     gate_up, gate_up_bias, down, down_bias = layer
     if gate_up.format.name not in EXPERT_TILES:
         pytest.skip("has no tiles")
@@ -107,7 +108,7 @@ def test_many_tokens_through_tiles(layer):
     tiled_down = TiledExperts(tiles, packed[0].shape[1], down.shape, down.format)
     in_order = moe_gemm.in_chunk_order if tiled_up.facts.bits == 4 else lambda x: x
     for block_rows in moe_gemm.TILES_OF_TILES:
-        x, routing = many_tokens(block_rows)
+        x, routing = many_tokens(block_rows, tokens)
         hidden = moe_gemm.moe_gemm_gate_up(x, tiled_up, gate_up_bias, routing, ACTIVATION)
         expected = gemm_twin.moe_gemm_gate_up(x, gate_up, gate_up_bias, routing, ACTIVATION)
         assert_close(hidden, in_order(expected), "moe_gemm_mxfp4_bf16")

@@ -1,5 +1,7 @@
 """Tiles of the persistent step: round trips, the documented places, and what reads them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from kernels.persistent import multiply
 from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import (
     TiledExperts,
+    mixed_projection,
     pack_dense,
     pack_experts,
     unpack_dense,
@@ -18,9 +21,10 @@ from kernels.reference import moe_gemm as twin
 from kernels.swiglu import Swiglu
 from quant.codecs import decode, encode
 from quant.e2m1 import E2M1_VALUES
-from quant.formats import FORMATS, FP8_BLOCK128, MXFP4, NVFP4
+from quant.formats import FORMATS, FP8_BLOCK128, FP8_ROW, MXFP4, NVFP4
 from quant.tensor import QuantTensor
 from tests.kernels.ptx_emulator import run_ptx
+from tests.oracles.step_model import TINY
 from tests.tolerances import assert_close
 
 E2M1 = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64)
@@ -62,6 +66,34 @@ def test_dense_weights_stand_where_the_tensor_core_reads_them():
         r, c = row % 128, column % 320
         half = c % 32 // 16 ^ (r >> 2 & 1)
         assert tiles[tile, c // 32 * 4096 + r * 32 + half * 16 + c % 16] == weight[row, column]
+
+
+@pytest.mark.parametrize("experts", [5, 96])
+@pytest.mark.parametrize("fp8", [True, False])
+def test_the_routers_rows_add_up_to_its_product_with_the_output_projection(fp8, experts):
+    sizes = replace(TINY, fp8=fp8, experts=experts, programs=132)
+    out = torch.randn(sizes.width, sizes.attention_width) * 0.05
+    out = encode(out, FP8_ROW) if fp8 else out.bfloat16()
+    bias, norm = torch.randn(2, sizes.width).bfloat16()
+    router = torch.randn(experts, sizes.width).bfloat16()
+    rows, scales, biases = mixed_projection(sizes, out, bias, router, norm)
+    assert len(rows) == sizes.mixed_blocks * 128
+    assert torch.equal(biases[: sizes.width], bias)
+    whole = rows.double() * (scales.double()[:, None] if fp8 else 1)
+    plain = (decode(out) if fp8 else out).double()
+    torch.testing.assert_close(whole[: sizes.width], plain, rtol=1e-6, atol=0)
+    assert not rows[sizes.width : sizes.out_blocks * 128].double().any()
+    behind = slice(sizes.out_blocks * 128, None)
+    padded = sizes.padded_experts
+    terms = whole[behind].unflatten(0, (-1, padded)).sum(0)
+    constant = biases[behind].double().unflatten(0, (-1, padded)).sum(0)
+    weighted = router.double() * norm.double()
+    expected = weighted @ plain
+    error = (terms[:experts] - expected).abs().amax(1) / expected.abs().amax(1)
+    assert error.max() < (2.0**-11 if fp8 else 2.0**-15)
+    assert not terms[experts:].any() and not constant[experts:].any()
+    wanted = weighted @ bias.double()
+    torch.testing.assert_close(constant[:experts], wanted, rtol=2.0**-14, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", EXPERT_TILES)

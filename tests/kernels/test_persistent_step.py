@@ -260,6 +260,17 @@ def test_planted_errors_of_one_percent_are_caught(kernel, scale):
         assert_close(run(kernel, model, 300), expected, "decode_step")
 
 
+def test_logits_of_experts_need_what_attention_adds(kernel):
+    """Rows of the router behind those of the output projection: twice as much, or nothing."""
+    model = step_model(fp8=True)
+    expected = expected_logits(model, 300)
+    rows = model.weights.out_scale[:, model.sizes.out_blocks * 128 :]
+    for factor in (2.0, 0.0):
+        rows.mul_(factor)
+        with pytest.raises(AssertionError, match="relative RMS"):
+            assert_close(run(kernel, model, 300), expected, "decode_step")
+
+
 def test_the_trace_has_the_times_of_every_phase(kernel):
     model = step_model(fp8=True)
     s = model.sizes
