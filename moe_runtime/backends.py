@@ -31,7 +31,14 @@ from moe_runtime.gpu.families import GPU_FAMILIES
 from moe_runtime.host_memory import check_host_memory
 from moe_runtime.models.reference_model import Weights
 from moe_runtime.models.registry import OpenedModel
-from moe_runtime.plan import MemoryPlan, MoreBytes, fit, formats_by_component, weights_by_component
+from moe_runtime.plan import (
+    MemoryPlan,
+    MoreBytes,
+    fit,
+    formats_by_component,
+    gb,
+    weights_by_component,
+)
 from moe_runtime.reference_backend import ReferenceBackend
 from moe_runtime.start_times import StartTimes
 from moe_runtime.support import LEAST_CAPABILITY, has_kernels
@@ -88,9 +95,9 @@ def create_backend(
     with times.part("device"):  # a process's first look at a GPU sets up CUDA
         dense = DENSE_FORMATS[dense_format] if packed else None
 
-        def more(target: torch.device) -> MoreBytes:
+        def more(target: torch.device, tiled: bool) -> MoreBytes:
             found = MoreBytes()
-            if backend != "reference" and has_kernels(config.family):
+            if tiled and backend != "reference" and has_kernels(config.family):
                 family = GPU_FAMILIES[config.family]
                 found = family.more_bytes(config, family.formats(opened.plan), target, dense)
             return replace(found, packing=max(found.packing, packing))
@@ -152,7 +159,8 @@ def create_backend(
         with torch.cuda.device(target):
 
             def load_here() -> Weights:
-                return load(family.relayout(config, formats, target))
+                tiled = plan.more.tiles > 0
+                return load(family.relayout(config, formats, target) if tiled else None)
 
             weights = _compile_and_load(plan, target, load_here, formats, dense, times)
             with times.part("capture"):
@@ -197,7 +205,10 @@ def _compile_and_load(
         roomy = plan.total_bytes + plan.compile_bytes <= free_bytes
         loading = pool.submit(load) if roomy else None
         with (times or StartTimes()).part("compile"):
-            compile_kernels(plan.config, plan.max_context, target, formats, dense_format)
+            tiled = plan.more.tiles > 0
+            compile_kernels(
+                plan.config, plan.max_context, target, formats, dense_format, tiled=tiled
+            )
         if loading is not None:
             return loading.result()
     torch.cuda.empty_cache()
@@ -210,7 +221,7 @@ def _place(
     device: str,
     backend: str,
     max_context: int | None,
-    more: Callable[[torch.device], MoreBytes],
+    more: Callable[[torch.device, bool], MoreBytes],
     progress: bool,
 ) -> tuple[torch.device, MemoryPlan]:
     """The device to run on and the plan that fits it."""
@@ -220,14 +231,14 @@ def _place(
             _say(f"running on the CPU, slowly: there are no GPU kernels for {config.family} models")
         elif _runs_kernels(target):
             try:
-                return target, _fit_gpu(config, weight_bytes, target, max_context, more(target))
+                return target, _fit_gpu(config, weight_bytes, target, max_context, more)
             except DoesNotFitError as error:
                 _say(f"running on the CPU, slowly: {error.message}; {error.hint}")
         elif progress:
             _say(f"running on the CPU: {target} has a compute capability below 8.0")
     target = parse_device(device)
     if target.type == "cuda":
-        return target, _fit_gpu(config, weight_bytes, target, max_context, more(target))
+        return target, _fit_gpu(config, weight_bytes, target, max_context, more)
     return target, MemoryPlan(config, weight_bytes, max_context or config.max_context)
 
 
@@ -256,17 +267,33 @@ def _fit_gpu(
     weight_bytes: dict[str, int],
     target: torch.device,
     max_context: int | None,
-    more: MoreBytes,
+    more: Callable[[torch.device, bool], MoreBytes],
 ) -> MemoryPlan:
+    """more: of a device, and whether weights stand in tiles; without them if only those fit."""
     free_bytes, _ = torch.cuda.mem_get_info(target)
-    return fit(
-        config,
-        weight_bytes,
-        max_context=max_context,
-        free_bytes=free_bytes,
-        device=str(target),
-        more=more,
-    )
+
+    def plan(tiled: bool) -> MemoryPlan:
+        return fit(
+            config,
+            weight_bytes,
+            max_context=max_context,
+            free_bytes=free_bytes,
+            device=str(target),
+            more=more(target, tiled),
+        )
+
+    try:
+        return plan(True)
+    except DoesNotFitError as error:
+        tiles = more(target, True).tiles
+        if not tiles:
+            raise
+        found = plan(False)
+        _say(
+            f"decoding with a chain of kernels, not with one, which is slower: its tiles take "
+            f"{gb(tiles)} more ({error.message})"
+        )
+        return found
 
 
 def _say(text: str) -> None:

@@ -155,16 +155,20 @@ def compile_kernels(
     device: torch.device,
     formats: tuple[Any, ...],
     dense_format: QuantFormat | None = None,
+    *,
+    tiled: bool = True,
 ) -> int:
     """Compile every kernel that a model of this config can launch, so that nothing compiles later.
 
     formats:       what GpuFamily.formats found in its headers
     dense_format:  of the weights that moe_runtime/dense_format.py packs
+    tiled:         whether weights stand in tiles if the model can have them
     returns        how many kernels were not in this process yet
 
     First all at once on all processors; then they are run, which loads them onto the GPU.
     """
-    run = GPU_FAMILIES[config.family].compile
+    family = GPU_FAMILIES[config.family]
+    run = family.compile if tiled else family.compile_without_tiles or family.compile
     with compile_ahead() as asked:
         run(config, max_context, device, formats, dense_format)
     run(config, max_context, device, formats, dense_format)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +58,7 @@ class GpuFamily:
     relayout: of config, formats and device: weights that are laid out anew while they are loaded
     more_bytes: of config, formats, device and dense format: what that takes
     slower_because: of config, formats and device: why a slower path is taken; None if none is
+    compile_without_tiles: as compile, for weights that are not laid out anew for want of memory
     """
 
     formats: Callable[[LoadPlan], tuple[Any, ...]]
@@ -66,6 +68,7 @@ class GpuFamily:
     relayout: Callable[..., Relayout | None] = lambda *_: None
     more_bytes: Callable[..., MoreBytes] = lambda *_: MoreBytes()
     slower_because: Callable[..., str | None] = lambda *_: None
+    compile_without_tiles: CompileKernels | None = None
 
 
 _DEEPSEEK = GpuFamily(
@@ -83,6 +86,7 @@ GPU_FAMILIES: Mapping[str, GpuFamily] = {
         gpt_oss.relayout,
         gpt_oss.more_bytes,
         gpt_oss.slower_because,
+        partial(gpt_oss.compile_kernels, tiled=False),
     ),
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,

@@ -124,11 +124,14 @@ def compile_kernels(
     device: torch.device,
     formats: Iterable[tuple[QuantFormat, QuantFormat]] = ((MXFP4, MXFP4),),
     dense_format: QuantFormat | None = None,
+    *,
+    tiled: bool = True,
 ) -> None:
     """See gpu.families.CompileKernels.
 
     formats:        pairs of gate_up's and down's that the layers have
     dense_format:   of projections and head if they are packed
+    tiled:          whether there is room for tiles
     Runs one sliding and one full layer of zeros with the model's own sizes, which takes K experts
     and one cache of memory; it can go on while the weights are read.
     """
@@ -136,7 +139,7 @@ def compile_kernels(
     small = replace(config, num_layers=len(kinds), layer_is_sliding=kinds)
     cache = KVCache.allocate(small, max_context, device, torch.bfloat16, shared=True)
     rope = rope_table(config.rope, config.head_width, torch.arange(max_context, device=device))
-    in_one = persistent.why_not(config, formats, device) is None
+    in_one = tiled and persistent.why_not(config, formats, device) is None
     if in_one:
         from moe_runtime.gpu import persistent_step  # needs Gluon
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from moe_runtime.machines import Machine
 
-# Rows `bandwidth_share` in benchmarks/results/h100.csv, on an NVIDIA H100: DeepSeek V3 with 9 layers
-# after 32,768 tokens (commit a3a75c3) and gpt-oss-20b with bf16 after 128 (commit 86e398c). Less
-# than the first reach V2-Lite in FP8 and V4, whose kernels are many and short.
+# Rows `bandwidth_share` in benchmarks/results/h100.csv, on an NVIDIA H100: DeepSeek V3 with 9
+# layers after 32,768 tokens (commit a3a75c3) and gpt-oss-20b with bf16 after 128 (commit 86e398c).
+# V2-Lite in FP8 and V4, whose kernels are many and short, reach less than the first.
 LOW_SHARE = 0.597809
 HIGH_SHARE = 0.821334
 

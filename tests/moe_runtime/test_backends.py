@@ -8,9 +8,10 @@ import torch
 from loaders.checkpoint import open_folder
 from loaders.errors import UnsupportedModelError
 from moe_runtime import backends
+from moe_runtime.errors import DoesNotFitError
 from moe_runtime.gpu import gpt_oss
 from moe_runtime.models.registry import plan_model
-from moe_runtime.plan import MemoryPlan, weights_by_component
+from moe_runtime.plan import MemoryPlan, MoreBytes, weights_by_component
 from quant.formats import BF16, FORMATS, MXFP4
 from tests.oracles.expert_formats import quantize_dense, write_with_experts
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
@@ -52,8 +53,8 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: order.append("empty cache"))
 
-    def compile_kernels(config, max_context, device, formats, dense_format):
-        assert dense_format is None
+    def compile_kernels(config, max_context, device, formats, dense_format, *, tiled):
+        assert dense_format is None and not tiled
         assert formats == ((MXFP4, MXFP4),)
         if roomy:  # the loading goes on meanwhile
             while "load" not in order:
@@ -71,6 +72,35 @@ def test_kernels_compile_beside_the_loading_where_there_is_room(opened, monkeypa
     )
     assert list(weights) == ["head"]
     assert order == (["load", "compile"] if roomy else ["compile", "empty cache", "load"])
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_where_tiles_do_not_fit_the_chain_of_kernels_runs_and_that_is_said(
+    opened, monkeypatch, capsys, missing
+):
+    _, model = opened
+    tiles = 123 << 20
+    weight_bytes = weights_by_component(model.plan.nbytes)
+    needed = MemoryPlan(model.config, weight_bytes, 4096).total_bytes
+    asked = []
+
+    def more(target, tiled):
+        asked.append(tiled)
+        return MoreBytes(tiles if tiled else 0, 0)
+
+    free = needed + tiles - missing
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, free))
+    place = (model.config, weight_bytes, torch.device("cuda"), 4096, more)
+    plan = backends._fit_gpu(*place)
+    said = capsys.readouterr().err
+    if missing:
+        assert plan.more.tiles == 0 and plan.max_context == 4096
+        assert said.count("chain of kernels") == 1 and "0.13 GB more" in said
+        free = needed - 1
+        with pytest.raises(DoesNotFitError):
+            backends._fit_gpu(*place)
+    else:
+        assert plan.more.tiles == tiles and said == "" and asked == [True]
 
 
 @pytest.mark.parametrize("format", [BF16.name, "nvfp4", "fp8_block128"])
