@@ -49,7 +49,10 @@ def test_the_persistent_step_compiles_and_fits(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     tool = TOOL.with_name("compile_step_offline.py")
     done = subprocess.run(
-        [sys.executable, str(tool), "gpt-oss-20b:fp8", "gpt-oss-120b:bf16"],
+        [
+            *(sys.executable, str(tool), "gpt-oss-20b:fp8", "gpt-oss-120b:bf16"),
+            *("gpt-oss-20b:bf16:nvfp4", "gpt-oss-20b:fp8:mxfp8", "gpt-oss-20b:fp8:fp8_row"),
+        ],
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
