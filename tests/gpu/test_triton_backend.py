@@ -5,11 +5,15 @@ tolerance of bf16 arithmetic; after such a tie the texts may differ, so the comp
 forced on the reference's tokens.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 import triton
 
 from moe_runtime import MoeModel
+from moe_runtime.gpu.families import GPU_FAMILIES
+from moe_runtime.plan import MoreBytes
 from tests.oracles.tiny_gpt_oss import write_tiny_gpt_oss
 from tests.tolerances import TIE_MARGIN, assert_close
 
@@ -54,6 +58,25 @@ def test_demo_greedy_200_tokens(demo):
     if differing:  # the first difference must be a tie of the reference's own
         top = logits[differing[0]].topk(2).values
         assert top[0] - top[1] <= TIE_MARGIN
+
+
+def test_demo_without_room_for_tiles(demo, monkeypatch, capsys):
+    """The chain of kernels, with nothing compiled late, and it says so once."""
+    reference, _ = demo
+    family = replace(GPU_FAMILIES["gpt_oss"], more_bytes=lambda *_: MoreBytes(tiles=1 << 50))
+    monkeypatch.setitem(GPU_FAMILIES, "gpt_oss", family)
+    ids = reference.tokenizer.encode(PROMPT)
+    with MoeModel.from_pretrained("demo", device="cuda", backend="triton") as model:
+        assert capsys.readouterr().err.count("chain of kernels") == 1
+        compiled = []
+        monkeypatch.setattr(
+            triton.knobs.runtime, "jit_cache_hook", lambda **found: compiled.append(found["repr"])
+        )
+        assert_close(model.logits(ids), reference.logits(ids), "model_bf16")
+        out = model.generate(ids, max_new_tokens=50, temperature=0.0, ignore_eos=True)
+        assert compiled == []
+    logits = reference.logits(ids + out.token_ids)[len(ids) - 1 : -1]
+    check_greedy(logits, out.token_ids, TIE_MARGIN)
 
 
 def test_step_by_step_equals_prefill(demo):
