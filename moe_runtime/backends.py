@@ -291,7 +291,7 @@ def _fit_gpu(
         found = plan(False)
         _say(
             f"decoding with a chain of kernels, not with one, which is slower: its tiles take "
-            f"{gb(tiles)} more ({error.message})"
+            f"{gb(tiles)} more ({error.message}; with tiles, {error.hint})"
         )
         return found
 

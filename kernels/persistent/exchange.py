@@ -126,11 +126,11 @@ def _poll_residual(n: int) -> str:
     return "\n".join([*lines, "}"])
 
 
-RESIDUAL = gl.constexpr(tuple(_poll_residual(max(1, n)) for n in range(17)))
-_SUMS_1, _SUMS_2, _SUMS_4 = _poll_sums(1), _poll_sums(2), _poll_sums(4)
-_TAGGED_1, _TAGGED_2, _TAGGED_4 = _poll_tagged(1), _poll_tagged(2), _poll_tagged(4)
-_S1, _S2, _S4 = (_constraints("l", "l", "r", n=n) for n in (1, 2, 4))
-_T1, _T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (1, 2, 4))
+RESIDUAL = gl.constexpr(tuple(_poll_residual(n) for n in range(1, 17)))  # of n words
+_SUMS_2, _SUMS_4 = _poll_sums(2), _poll_sums(4)
+_TAGGED_2, _TAGGED_4 = _poll_tagged(2), _poll_tagged(4)
+_S2, _S4 = (_constraints("l", "l", "r", n=n) for n in (2, 4))
+_T2, _T4 = (_constraints("r", "l", "r", n=n) for n in (2, 4))
 
 
 @gluon.jit
@@ -186,14 +186,10 @@ def wait_for_sums(ptrs, count, PACK: gl.constexpr):
     """What was added to the words at ptrs since they were zero, in fp32, once each has `count`
     contributions.
 
-    PACK: words that a thread asks for at a time; divides the words it has
+    PACK: words that a thread asks for at a time, 2 or 4; divides the words it has
     """
     counts = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + count
-    if PACK == 1:
-        words = gl.inline_asm_elementwise(
-            _SUMS_1, _S1, [ptrs, counts], dtype=gl.int64, is_pure=False, pack=1
-        )
-    elif PACK == 2:
+    if PACK == 2:
         words = gl.inline_asm_elementwise(
             _SUMS_2, _S2, [ptrs, counts], dtype=gl.int64, is_pure=False, pack=2
         )
@@ -213,7 +209,7 @@ def wait_for_residual(x_ptr, count, WIDTH: gl.constexpr, sums, sum_count, mask):
     i = gl.arange(0, 256, layout=L)
     last = i + (N - 1) * 256
     squares, words = gl.inline_asm_elementwise(
-        RESIDUAL[N], "=&f,=&l,l,l,r,r,l,r,r",
+        RESIDUAL[N - 1], "=&f,=&l,l,l,r,r,l,r,r",
         [x_ptr + i, x_ptr + gl.minimum(last, WIDTH - 1), (last < WIDTH).to(gl.int32),
          gl.zeros_like(i) + count, sums, gl.zeros_like(i) + sum_count, mask.to(gl.int32)],
         dtype=(gl.float32, gl.int64), is_pure=False, pack=1,
@@ -279,11 +275,7 @@ def publish(ptrs, value, tag, mask):
 def wait_for_tagged(ptrs, tag, PACK: gl.constexpr):
     """fp32 numbers at ptrs once each has the tag (int32 scalar)."""
     tags = gl.zeros_like(ptrs.to(gl.int64)).to(gl.int32) + tag
-    if PACK == 1:
-        bits = gl.inline_asm_elementwise(
-            _TAGGED_1, _T1, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=1
-        )
-    elif PACK == 2:
+    if PACK == 2:
         bits = gl.inline_asm_elementwise(
             _TAGGED_2, _T2, [ptrs, tags], dtype=gl.int32, is_pure=False, pack=2
         )

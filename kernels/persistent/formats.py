@@ -36,6 +36,11 @@ class ExpertTiles:
         return {"e8m0": 32, "e4m3": 16, "fp32": 64}[self.scales]
 
     @property
+    def bias_words(self) -> slice:
+        """Of a row's words, those whose upper half is the bias."""
+        return slice(4, 6) if self.scales == "e4m3" else slice(2, 3)
+
+    @property
     def code_bytes(self) -> int:
         return self.chunks * CHUNK_BYTES
 

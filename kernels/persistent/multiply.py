@@ -80,6 +80,16 @@ def _stored_chunks(codes, c, xs, x, zero):
 
 
 @gluon.jit
+def _stored_pairs(big, small, unit, xs, zero):
+    """Sums of the five pairs of groups of a tile of 8 bits, under way."""
+    p0 = _stored_chunks(big, unit * 8, xs, 0, zero)
+    p1 = _stored_chunks(big, unit * 8 + 2, xs, 2, zero)
+    p2 = _stored_chunks(big, unit * 8 + 4, xs, 4, zero)
+    p3 = _stored_chunks(big, unit * 8 + 6, xs, 6, zero)
+    return p0, p1, p2, p3, _stored_chunks(small, unit * 2, xs, 8, zero)
+
+
+@gluon.jit
 def _scale(words, BYTE: gl.constexpr):
     """Byte of each word [128, 2], E8M0, as the power of two that it stands for."""
     if BYTE == 0:
@@ -202,12 +212,7 @@ def _mxfp8(big, small, pairs, rows, slot, unit, empty, xs, zero):
     PAIRS: gl.constexpr = gl.SliceLayout(2, SUMS_OF_PAIRS)
     s = pairs.index(slot * 2).permute([1, 0]).load(PAIRS)
     rest = rows.index(slot * 4 + 2).load(gl.SliceLayout(1, PAIRS))
-    p0 = _stored_chunks(big, unit * 8, xs, 0, zero)
-    p1 = _stored_chunks(big, unit * 8 + 2, xs, 2, zero)
-    p2 = _stored_chunks(big, unit * 8 + 4, xs, 4, zero)
-    p3 = _stored_chunks(big, unit * 8 + 6, xs, 6, zero)
-    p4 = _stored_chunks(small, unit * 2, xs, 8, zero)
-    acc = _scaled_groups((p0, p1, p2, p3, p4), s, rest)
+    acc = _scaled_groups(_stored_pairs(big, small, unit, xs, zero), s, rest)
     mbarrier.arrive(empty.index(slot), count=1)
     return acc, rest
 
@@ -217,11 +222,7 @@ def _fp8(big, small, numbers, rows, slot, unit, empty, xs, zero):
     """See expert_product; numbers: the words of all slots as fp32, one by one."""
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [8], [0])
     ROWS: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, SUMS_OF_PAIRS))
-    p0 = _stored_chunks(big, unit * 8, xs, 0, zero)
-    p1 = _stored_chunks(big, unit * 8 + 2, xs, 2, zero)
-    p2 = _stored_chunks(big, unit * 8 + 4, xs, 4, zero)
-    p3 = _stored_chunks(big, unit * 8 + 6, xs, 6, zero)
-    p4 = _stored_chunks(small, unit * 2, xs, 8, zero)
+    p0, p1, p2, p3, p4 = _stored_pairs(big, small, unit, xs, zero)
     factor = rows.index(slot * 4).load(ROWS).to(gl.float32, bitcast=True)
     rest = rows.index(slot * 4 + 2).load(ROWS)
     at = (slot * 4 + 1) * 128

@@ -98,30 +98,32 @@ def _swapped(halves: Tensor) -> Tensor:
 
 
 def pack_dense(weight: Tensor, *, by_rows: bool = False) -> Tensor:
-    """Bytes [tiles, tile bytes] of a matrix [N, K] of bf16 or FP8 codes.
+    """Bytes [.., tiles, tile bytes] of matrices [.., N, K] of bf16 or FP8 codes.
 
     by_rows: blocks of rows one after the other, as the head is read; else columns of tiles
     """
     size = weight.element_size()
-    columns, blocks = cdiv(weight.shape[1], TILE_COLUMNS), cdiv(weight.shape[0], TILE_ROWS)
+    *stack, rows, columns = weight.shape
+    across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
     raw = weight.contiguous().view(torch.uint8)
-    raw = padded(raw, blocks * TILE_ROWS, columns * TILE_COLUMNS * size)
-    tiles = raw.view(blocks, TILE_ROWS, columns, TILE_COLUMNS * size // 32, 2, 16)
-    tiles = tiles.permute(0, 2, 3, 1, 4, 5) if by_rows else tiles.permute(2, 0, 3, 1, 4, 5)
-    return _swapped(tiles).reshape(blocks * columns, -1)
+    raw = padded(raw, down * TILE_ROWS, across * TILE_COLUMNS * size)
+    tiles = raw.view(*stack, down, TILE_ROWS, across, TILE_COLUMNS * size // 32, 2, 16)
+    tiles = tiles.movedim(-5, -3)  # block, column of tiles, chunk, row, half, byte
+    tiles = tiles if by_rows else tiles.transpose(-6, -5)
+    return _swapped(tiles).reshape(*stack, down * across, -1)
 
 
 def unpack_dense(
     tiles: Tensor, rows: int, columns: int, dtype: torch.dtype, *, by_rows: bool = False
 ) -> Tensor:
-    """The matrix [rows, columns] that pack_dense was given."""
+    """The matrices [.., rows, columns] that pack_dense was given."""
+    *stack, _, _ = tiles.shape
     across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
-    halves = _swapped(
-        tiles.view(*((down, across) if by_rows else (across, down)), -1, TILE_ROWS, 2, 16)
-    )
-    halves = halves.permute(0, 3, 1, 2, 4, 5) if by_rows else halves.permute(1, 3, 0, 2, 4, 5)
-    matrix = halves.reshape(down * TILE_ROWS, -1).view(dtype)
-    return matrix[:rows, :columns].contiguous()
+    order = (down, across) if by_rows else (across, down)
+    halves = _swapped(tiles.reshape(*stack, *order, -1, TILE_ROWS, 2, 16))
+    halves = halves if by_rows else halves.transpose(-6, -5)
+    matrix = halves.movedim(-3, -5).reshape(*stack, down * TILE_ROWS, -1).view(dtype)
+    return matrix[..., :rows, :columns].contiguous()
 
 
 def mixed_projection(
@@ -190,11 +192,10 @@ def pack_experts(weight: QuantTensor, bias: Tensor) -> Tensor:
             words[..., -1, :, :] = weight.tensor_scale.float().view(1).view(torch.uint8)
         _fill_byte_words(words, scales, _order_of(facts))
     bias = padded(bias[:, None], 1, down * TILE_ROWS).view(experts, down, 1, TILE_ROWS, 1)
-    with_bias = slice(4, 6) if facts.scales == "e4m3" else slice(2, 3)
-    words[:, 0, :, with_bias, :, 2:] = bias.contiguous().view(torch.uint8)
+    words[:, 0, :, facts.bias_words, :, 2:] = bias.contiguous().view(torch.uint8)
     out = values.new_zeros((experts, across * down, facts.bytes))
-    pack_codes = _packed_e2m1 if facts.bits == 4 else _packed_e4m3
-    out[..., : facts.code_bytes] = pack_codes(values, across, down)
+    codes = _packed_e2m1(values, across, down) if facts.bits == 4 else pack_dense(values)
+    out[..., : facts.code_bytes] = codes
     out[..., facts.code_bytes :] = words.reshape(experts, across * down, -1)
     return out
 
@@ -209,18 +210,20 @@ def unpack_experts(
     facts = EXPERT_TILES[format.name]
     experts = len(tiles)
     across, down = cdiv(columns, TILE_COLUMNS), cdiv(rows, TILE_ROWS)
-    codes = tiles[..., : facts.code_bytes].reshape(experts, across, down, -1)
-    values = (_unpacked_e2m1 if facts.bits == 4 else _unpacked_e4m3)(codes)
-    values = values[:, :rows, : columns * facts.bits // 8].contiguous().view(format.value_dtype)
+    codes = tiles[..., : facts.code_bytes]
+    if facts.bits == 4:
+        values = _unpacked_e2m1(codes.reshape(experts, across, down, -1))
+        values = values[:, :rows, : columns // 2].contiguous()
+    else:
+        values = unpack_dense(codes, rows, columns, format.value_dtype)
     words = tiles[..., facts.code_bytes :].reshape(experts, across, down, facts.words, TILE_ROWS, 4)
-    bias_word = 4 if facts.scales == "e4m3" else 2
-    bias = words[:, 0, :, bias_word, :, 2:].contiguous().view(torch.bfloat16)
+    bias = words[:, 0, :, facts.bias_words.start, :, 2:].contiguous().view(torch.bfloat16)
     whole = None
     if facts.scales == "fp32":
         scales = _fp32_scales(words, format, rows, columns)
     else:
-        group = 16 if facts.scales == "e4m3" else 32
-        scales = _byte_scales(words, _order_of(facts))[:, :rows, : columns // group].contiguous()
+        groups = columns // facts.scale_columns
+        scales = _byte_scales(words, _order_of(facts))[:, :rows, :groups].contiguous()
         if facts.scales == "e4m3":
             narrower = torch.zeros(256, dtype=torch.uint8, device=tiles.device)
             narrower[_WIDER.to(tiles.device).int()] = torch.arange(
@@ -255,21 +258,6 @@ def _unpacked_e2m1(tiles: Tensor) -> Tensor:
     codes = torch.stack([a, b], dim=5)  # expert, column, block, chunk, warp, row + 8, row, c, q, e
     codes = codes.permute(0, 2, 4, 5, 6, 1, 3, 8, 7, 9).reshape(experts, down * TILE_ROWS, -1, 2)
     return codes[..., 0] | (codes[..., 1] << 4)
-
-
-def _packed_e4m3(values: Tensor, across: int, down: int) -> Tensor:
-    """[E, tiles, bytes] of codes [E, N, K]."""
-    values = padded(values, down * TILE_ROWS, across * TILE_COLUMNS)
-    tiles = values.view(len(values), down, TILE_ROWS, across, -1, 2, 16)
-    tiles = tiles.permute(0, 3, 1, 4, 2, 5, 6)
-    return _swapped(tiles).reshape(len(values), across * down, -1)
-
-
-def _unpacked_e4m3(tiles: Tensor) -> Tensor:
-    """Codes of [E, across, down, bytes], of all padded rows and columns."""
-    experts, across, down, _ = tiles.shape
-    halves = _swapped(tiles.view(experts, across, down, -1, TILE_ROWS, 2, 16))
-    return halves.permute(0, 2, 4, 1, 3, 5, 6).reshape(experts, down * TILE_ROWS, -1)
 
 
 def _order_of(facts: ExpertTiles) -> list[int]:

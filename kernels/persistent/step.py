@@ -201,6 +201,7 @@ def consumer(
                         part, layer, residual, moe_norms + layer * S.width, router, count, signed,
                         router_sums + turn_of(anew(layer), S), S,
                     )  # fmt: skip
+                # Again, as what was kept over attention would not fit the registers.
                 _, first, last = share(anew(program), S.out_columns, S.mixed_blocks, S)
             unscale = 1.0
             if first < last:

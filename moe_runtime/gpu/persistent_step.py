@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.gemv import gemv
+from kernels.persistent.formats import TILE_COLUMNS, TILE_ROWS
 from kernels.persistent.launch import (
     CACHE_UNIT,
     StepBuffers,
@@ -69,28 +70,28 @@ def step_weights(sizes: StepSizes, weights: ModelWeights) -> StepWeights:
 
 def _dense_tiles(sizes: StepSizes, weights: ModelWeights) -> tuple[Tensor, Tensor, Tensor]:
     """All dense tiles; scales and biases of the mixed projections' rows, [L, rows]."""
-    tiles = sizes.layers * sizes.layer_tiles + sizes.head_blocks * sizes.width_columns
-    memory: Tensor | None = None
-    scales, biases, at = [], [], 0
+    s = sizes
+    head = s.layers * s.layer_tiles
+    shape = (
+        head + s.head_blocks * s.width_columns,
+        TILE_ROWS * TILE_COLUMNS * _values(weights.head).element_size(),
+    )
+    memory = torch.empty(shape, dtype=torch.uint8, device=weights.embedding.device)
+    scales, biases = [], []
 
-    def put(matrix: Tensor, *, by_rows: bool = False) -> None:
-        nonlocal memory, at
+    def put(first: int, matrix: Tensor, *, by_rows: bool = False) -> None:
         packed = pack_dense(matrix, by_rows=by_rows)
-        if memory is None:
-            memory = packed.new_empty((tiles, packed.shape[1]))
-        memory[at : at + len(packed)] = packed
-        at += len(packed)
+        memory[first : first + len(packed)] = packed
 
-    for layer in weights.layers:
-        put(_values(layer.qkv))
+    for i, layer in enumerate(weights.layers):
+        put(i * s.layer_tiles, _values(layer.qkv))
         rows, scale, bias = mixed_projection(
-            sizes, layer.out, layer.out_bias, layer.router, layer.moe_norm
+            s, layer.out, layer.out_bias, layer.router, layer.moe_norm
         )
-        put(rows)
+        put(i * s.layer_tiles + s.qkv_tiles, rows)
         scales.append(scale)
         biases.append(bias)
-    put(_values(weights.head), by_rows=True)
-    assert memory is not None and at == tiles
+    put(head, _values(weights.head), by_rows=True)
     return memory, torch.stack(scales), torch.stack(biases)
 
 

@@ -107,10 +107,10 @@ def handlers(modules):
         exchange.TAGGED_IF: tagged_if,
     }
     found[exchange._TWO] = two
-    for n in range(1, 17):
-        found[exchange.RESIDUAL[n]] = partial(residual, n)
+    for n, polling in enumerate(exchange.RESIDUAL, 1):
+        found[polling] = partial(residual, n)
     for name, handler in (("_SUMS_", sums), ("_TAGGED_", tagged)):
-        for n in (1, 2, 4):
+        for n in (2, 4):
             found[getattr(exchange, name + str(n))] = handler
     found[attend.PAIRS] = pairs
     found[multiply._DECODE] = decode
