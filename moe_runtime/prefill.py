@@ -17,18 +17,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from kernels.moe_gemm import (
-    add_expert_outputs,
-    moe_gemm_down,
-    moe_gemm_gate_up,
-    rows_per_block,
-)
+from kernels import moe_gemm
+from kernels.moe_gemm import add_expert_outputs, rows_per_block
 from kernels.moe_routing import route_tokens
 from kernels.persistent.pack import TiledExperts
 from kernels.rms_norm import rms_norm
 from kernels.rope_kv import rope_and_cache
 from kernels.sink_attention_prefill import rows_per_program, sink_attention_prefill
 from kernels.swiglu import Swiglu
+from kernels.tile_gemm import launch as tile_gemm
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import LayerWeights, ModelWeights
@@ -96,9 +93,10 @@ class Prefill:
         return list(lengths.values())
 
     def _rows_per_block(self, tokens: int) -> int:
-        c = self.config
-        tiled = isinstance(self.weights.layers[0].gate_up, TiledExperts)
-        return rows_per_block(tokens, c.experts_per_token, c.num_experts, tiled=tiled)
+        c, experts = self.config, self.weights.layers[0].gate_up
+        if isinstance(experts, TiledExperts):
+            return tile_gemm.block_rows(tokens, c.experts_per_token, experts)
+        return rows_per_block(tokens, c.experts_per_token, c.num_experts)
 
     def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
         c = self.config
@@ -132,12 +130,9 @@ class Prefill:
         logits_TE = linear(normed_TD, self._routers[layer], self._router_biases[layer])
         block_rows = self._rows_per_block(len(x_TD))
         routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
-        hidden = moe_gemm_gate_up(
-            normed_TD.to(self.dtype),
-            w.gate_up,
-            w.gate_up_bias,
-            routing,
-            Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True),
-        )
-        pairs = moe_gemm_down(hidden, w.down, w.down_bias, routing)
+        activation = Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True)
+        x_TD_16 = normed_TD.to(self.dtype)
+        gemm = tile_gemm if isinstance(w.gate_up, TiledExperts) else moe_gemm
+        hidden = gemm.moe_gemm_gate_up(x_TD_16, w.gate_up, w.gate_up_bias, routing, activation)
+        pairs = gemm.moe_gemm_down(hidden, w.down, w.down_bias, routing)
         add_expert_outputs(pairs, x_TD)

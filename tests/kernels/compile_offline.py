@@ -51,8 +51,6 @@ from kernels import (
 )
 from kernels.moe_routing import Routing
 from kernels.packed_vector import packed_vectors
-from kernels.persistent.formats import EXPERT_TILES
-from kernels.persistent.pack import TiledExperts, tiles_of
 from kernels.swiglu import Swiglu
 from quant.formats import (
     BF16,
@@ -150,9 +148,7 @@ def run_prefill_attention(s: Sizes) -> None:
             )
 
 
-def run_both_halves(
-    s: Sizes, gate_up: QuantTensor | TiledExperts, down: QuantTensor | TiledExperts, block_rows: int
-) -> Tensor:
+def run_both_halves(s: Sizes, gate_up: QuantTensor, down: QuantTensor, block_rows: int) -> Tensor:
     routing = Routing(fp32(300, s.K), int32(40), int32(40, block_rows))
     activation = Swiglu(7.0, 1.702, 1.0, alternating=True)
     hidden = moe_gemm.moe_gemm_gate_up(
@@ -166,18 +162,6 @@ def run_moe_gemm(s: Sizes, format: QuantFormat = MXFP4) -> None:
     for block_rows in moe_gemm.TILES if format is MXFP4 else [64]:
         outputs = run_both_halves(s, gate_up, down, block_rows)
     moe_gemm.add_expert_outputs(outputs, fp32(300, s.D))
-
-
-def run_moe_gemm_tiled(s: Sizes) -> None:
-    """Experts in the tiles of the persistent step."""
-    first_down = tiles_of(2 * s.F, s.D)
-    count = first_down + tiles_of(s.D, s.F)
-    for format in (MXFP4, NVFP4, MXFP8, FP8_ROW):
-        tiles = empty(s.E, count, EXPERT_TILES[format.name].bytes, dtype=torch.uint8)
-        gate_up = TiledExperts(tiles, 0, (s.E, 2 * s.F, s.D), format)
-        down = TiledExperts(tiles, first_down, (s.E, s.D, s.F), format)
-        for block_rows in moe_gemm.TILES_OF_TILES:
-            run_both_halves(s, gate_up, down, block_rows)
 
 
 def run_moe_routing(s: Sizes) -> None:
@@ -395,7 +379,6 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sink_attention_prefill": run_prefill_attention,
     "moe_routing": run_moe_routing,
     "moe_gemm": run_moe_gemm,
-    "moe_gemm_tiled": run_moe_gemm_tiled,
     "gemv": run_gemv,
     "router_topk": run_router,
     "moe_gemv": run_moe_gemv,
@@ -412,10 +395,9 @@ LAUNCHES: dict[str, Callable[[Sizes], None]] = {
     "sampling": run_sampling,
     "read_bandwidth": run_read_bandwidth,
 }
-# The persistent step's tiles, further formats, and DeepSeek's kernels, whose FP8 sm_80 has not: to
-# be quick.
+# Further formats and DeepSeek's kernels, whose FP8 sm_80 has not: to be quick.
 _ONLY_ON_90 = (
-    "moe_gemm_tiled", "expert_formats", "latent_attention", "shared_row_attention", "shared_rows",
+    "expert_formats", "latent_attention", "shared_row_attention", "shared_rows",
     "hyper_connections", "v4_flash", "latent_index", "grouped_router", "fp8_blocks",
 )  # fmt: skip
 

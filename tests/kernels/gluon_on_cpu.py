@@ -247,7 +247,7 @@ class Barrier(Shared):
 
 
 class Descriptor:
-    """What the copy engine reads: rows of bytes."""
+    """What the copy engine reads: rows of bytes or numbers."""
 
     def __init__(self, rows: np.ndarray, box: list[int]) -> None:
         self.rows, self.box = rows, box
@@ -274,12 +274,14 @@ class _MBarrier(types.SimpleNamespace):
         bar.words[0].update(count=count, pending=count, bytes=0, phase=0)
 
     @staticmethod
-    def expect(bar: Barrier, size: int, pred: bool = True) -> None:
-        bar.change(arrivals=1, expected=size)
+    def expect(bar: Barrier, size: int, pred: Any = True) -> None:
+        if pred:
+            bar.change(arrivals=1, expected=size)
 
     @staticmethod
-    def arrive(bar: Barrier, count: int = 1, pred: bool = True) -> None:
-        bar.change(arrivals=count)
+    def arrive(bar: Barrier, count: int = 1, pred: Any = True) -> None:
+        if pred:
+            bar.change(arrivals=count)
 
     @staticmethod
     def wait(bar: Barrier, phase: Any, **kwargs: Any) -> None:
@@ -292,12 +294,12 @@ class _Tma(types.SimpleNamespace):
     def async_copy_global_to_shared(
         desc: Descriptor, at: list[Any], bar: Barrier, out: Shared, pred: bool = True
     ) -> None:
-        row, height = int(raw(at[0])), desc.box[0]
-        data = np.zeros((height, desc.box[1]), np.uint8)  # zeros outside
-        found = desc.rows[row : row + height]
-        data[: len(found)] = found
-        out.data[:] = data.reshape(-1)
-        bar.change(expected=-data.size)
+        row, column = (int(raw(i)) for i in at)
+        data = np.zeros(desc.box, desc.rows.dtype)  # zeros outside
+        found = desc.rows[row : row + desc.box[0], column : column + desc.box[1]]
+        data[: found.shape[0], : found.shape[1]] = found
+        out.data[:] = data.reshape(-1).view(np.uint8)
+        bar.change(expected=-data.nbytes)
 
 
 def _matrix(x: Any) -> np.ndarray:
@@ -532,9 +534,7 @@ class Emulated:
         ) -> Any:
             if what in stand_ins:
                 return stand_ins[what]
-            if what == "kernels.persistent":
-                return builtins.__import__(what, scope, local, fromlist, level)
-            if what.startswith("kernels.persistent."):
+            if what.startswith(("kernels.persistent.", "kernels.tile_gemm.")):
                 return self.load_module(what)
             return builtins.__import__(what, scope, local, fromlist, level)
 
@@ -563,6 +563,11 @@ def pointer(tensor: torch.Tensor) -> Pointer:
 def descriptor(tensor: torch.Tensor, height: int) -> Descriptor:
     """Bytes of a tensor in rows of 256, of which `height` are copied at once."""
     return Descriptor(tensor.view(torch.uint8).view(-1, 256).numpy(), [height, 256])
+
+
+def matrix_descriptor(matrix: torch.Tensor, box: list[int]) -> Descriptor:
+    """A matrix of bf16 of which boxes are copied."""
+    return Descriptor(matrix.view(torch.int16).numpy().view(BF16), box)
 
 
 def launch(kernel: Any, programs: int, args: tuple[Any, ...]) -> None:

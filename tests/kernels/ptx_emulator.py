@@ -118,6 +118,7 @@ _OPERATIONS: dict[str, Callable[..., Tensor]] = {
     "xor.b32": lambda a, b: a ^ b,
     "sub.s32": lambda a, b: a - b,
     "mad.lo.s32": lambda a, b, c: a * b + c,
+    "mad.lo.u32": lambda a, b, c: (a * b + c) & WORD,
     "cvt.rn.f32.s32": lambda a: a.float().view(torch.int32).long(),
     "fma.rn.f32": lambda a, b, c: (_fp32(a) * _fp32(b) + _fp32(c)).view(torch.int32).long(),
     "lop3.b32": _lop3,

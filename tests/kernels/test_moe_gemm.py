@@ -125,12 +125,10 @@ def test_every_code_and_scale_byte_is_exact(device, block_rows, power):
 def test_blocks_cover_few_and_many_tokens():
     assert kernel.rows_per_block(1, 4, 32) == 16
     assert kernel.rows_per_block(2048, 4, 32) == 128
-    assert kernel.rows_per_block(1, 4, 32, tiled=True) == 64
     assert all(
-        kernel.rows_per_block(tokens, 4, experts, tiled=tiles is kernel.TILES_OF_TILES) in tiles
+        kernel.rows_per_block(tokens, 4, experts) in kernel.TILES
         for tokens in (1, 10, 100, 300, 1000, 5000)
         for experts in (4, 32, 128)
-        for tiles in (kernel.TILES, kernel.TILES_OF_TILES)
     )
 
 

@@ -5,19 +5,15 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import moe_gemm, weight_tiles
-from kernels.moe_routing import route_tokens
 from kernels.persistent import multiply
 from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import (
-    TiledExperts,
     mixed_projection,
     pack_dense,
     pack_experts,
     unpack_dense,
     unpack_experts,
 )
-from kernels.reference import moe_gemm as twin
 from kernels.swiglu import Swiglu
 from quant.codecs import decode, encode
 from quant.e2m1 import E2M1_VALUES
@@ -25,7 +21,6 @@ from quant.formats import FORMATS, FP8_BLOCK128, FP8_ROW, MXFP4, NVFP4
 from quant.tensor import QuantTensor
 from tests.kernels.ptx_emulator import run_ptx
 from tests.oracles.step_model import TINY
-from tests.tolerances import assert_close
 
 E2M1 = torch.tensor([*E2M1_VALUES, *(-v for v in E2M1_VALUES)], dtype=torch.float64)
 ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
@@ -196,46 +191,3 @@ def test_words_of_blocks_have_the_described_scales():
         assert (words[tile, 0] == 1).all()
         blocks = [(tile // 2 * 320 + 64 * i) // 128 for i in range(5)]
         assert torch.equal(words[tile, 1, :5], weight.scales[0, tile % 2, blocks])
-
-
-@pytest.mark.parametrize("scales", [(1.0, 2.0**-100), (2.0**9, 1.0)])
-def test_prefills_words_become_bf16(scales):
-    bits = [int(torch.tensor(s).bfloat16().view(torch.int16)) * 0x10001 for s in scales]
-    for place, codes, words in every_byte():
-        operands = {4: words, 5: torch.full_like(words, bits[0])}
-        operands[6] = torch.full_like(words, bits[1])
-        found = run_ptx(weight_tiles._CHUNK_PTX.value, operands, 4)
-        for row in range(2):
-            pair = found[2 * row + place // 2] >> (16 * (place % 2)) & 0xFFFF
-            value = pair.to(torch.int32).to(torch.int16).view(torch.bfloat16).double()
-            assert torch.equal(value, E2M1[codes[:, row]] * scales[row]), (place, row)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "experts", "top_k", "width", "expert_width", "block_rows", "name"),
-    [(45, 3, 2, 96, 64, 64, "mxfp4"), (7, 6, 1, 352, 96, 64, "mxfp4")]
-    + [(30, 5, 4, 416, 96, 128, name) for name in EXPERT_TILES]
-    + [(9, 3, 2, 160, 352, 64, name) for name in EXPERT_TILES],
-)
-def test_prefill_reads_tiles(device, tokens, experts, top_k, width, expert_width, block_rows, name):
-    torch.manual_seed(0)
-    shapes = {"gate_up": (2 * expert_width, width), "down": (width, expert_width)}
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    plain, biases, packed = [], [], []
-    for shape in shapes.values():
-        weight, bias = experts_in(FORMATS[name], experts, *shape)
-        plain.append(weight.to(device))
-        biases.append(bias.to(device))
-        packed.append(pack_experts(weight, bias))
-    tiles = torch.cat(packed, 1).to(device)
-    gate_up = TiledExperts(tiles, 0, plain[0].shape, FORMATS[name])
-    down = TiledExperts(tiles, packed[0].shape[1], plain[1].shape, FORMATS[name])
-    x = torch.randn(tokens, width, device=device).to(dtype)
-    routing = route_tokens(torch.randn(tokens, experts, device=device), top_k, block_rows)
-    row = "moe_gemm_mxfp4" if device.type == "cpu" else "moe_gemm_mxfp4_bf16"
-    in_order = moe_gemm.in_chunk_order if EXPERT_TILES[name].bits == 4 else lambda x: x
-    hidden = moe_gemm.moe_gemm_gate_up(x, gate_up, biases[0], routing, ACTIVATION)
-    expected = twin.moe_gemm_gate_up(x, plain[0], biases[0], routing, ACTIVATION)
-    assert_close(hidden, in_order(expected), row)
-    outputs = moe_gemm.moe_gemm_down(in_order(expected), down, biases[1], routing)
-    assert_close(outputs, twin.moe_gemm_down(expected, plain[1], biases[1], routing), row)

@@ -1,0 +1,304 @@
+"""The persistent program of the grouped GEMM: a warp that copies, two groups of four that multiply.
+
+Weights are the left operand, decoded from a tile into registers; x is the right one, read where the
+copy engine has put it. So nothing is written to shared memory but by the copy engine, and no fence
+waits for what is under way. While one group decodes the other multiplies.
+
+A program takes one item after the other, as it comes to it: a block of pairs and two tiles, one
+below the other, one for each group.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from kernels.persistent.gluon_names import copy_rows, seen_as
+from kernels.tile_gemm.operands import operand, operand_views
+
+UNSCALE = gl.constexpr(2.0**64)  # of what operand() gives, but for scales in fp32
+_DONE = gl.constexpr(-1)
+
+
+@gluon.jit
+def _copy_tiles(
+    codes_desc, words_desc, tile, m, both, codes, words, full, empty, S: gl.constexpr
+):  # fmt: skip
+    """Load a tile and the one below it, if it is there, into the slot of the m-th pair."""
+    CHUNKS: gl.constexpr = S.tiles.chunks
+    ROWS: gl.constexpr = S.tiles.rows
+    slot = m % S.tile_slots
+    bar = full.index(slot)
+    mbarrier.wait(empty.index(slot), ((m // S.tile_slots) & 1) ^ 1)
+    mbarrier.expect(bar, 2 * S.tile_bytes, pred=both)
+    mbarrier.expect(bar, S.tile_bytes, pred=both == 0)
+    for which in gl.static_range(2):
+        if both | (which == 0):
+            at = (tile + which) * ROWS
+            unit = slot * 2 + which
+            for c in gl.static_range(CHUNKS):
+                copy_rows(codes_desc, [at + c * 16, 0], bar, codes.index(unit * CHUNKS + c))
+            copy_rows(words_desc, [at + CHUNKS * 16, 0], bar, words.index(unit))
+
+
+@gluon.jit
+def producer(
+    x_desc, codes_desc, words_desc, block_expert, block_rows, claims, pairs, blocks, xs, codes,
+    words, xfull, xempty, full, empty, told, tellings, heard, S: gl.constexpr,
+):  # fmt: skip
+    """One warp: claims items, tells the others, and loads what they multiply."""
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    M: gl.constexpr = S.block_rows
+    HALF: gl.constexpr = S.block_rows // 2
+    item = gl.program_id(0)
+    n = 0  # steps of x so far
+    m = 0  # pairs of tiles
+    i = 0  # items
+    more = True
+    while more:
+        block = gl.minimum(item // S.groups, blocks - 1)
+        expert = gl.load(block_expert + block)
+        more = (item < blocks * S.groups) & (expert < S.experts)
+        mbarrier.wait(heard.index(i & 1), ((i >> 1) & 1) ^ 1)
+        seen_as(told.index(i & 1), gl.int32, [1], FLAT).store(
+            gl.zeros([1], gl.int32, layout=ONE) + gl.where(more, item, _DONE)
+        )
+        mbarrier.arrive(tellings.index(i & 1), count=1)
+        i += 1
+        if more:
+            following = S.programs + gl.atomic_add(claims, 1, sem="relaxed")
+            is_half = gl.load(block_rows + block * M + HALF) == pairs
+            row = (item % S.groups) * 2
+            tile = expert * S.tiles_per_expert + S.first_tile + row
+            for column in range(S.across):
+                _copy_tiles(
+                    codes_desc, words_desc, tile + column * S.down, m, row + 1 < S.down, codes,
+                    words, full, empty, S,
+                )  # fmt: skip
+                m += 1
+                for step in range(5):
+                    slot = n % S.x_slots
+                    bar = xfull.index(slot)
+                    mbarrier.wait(xempty.index(slot), ((n // S.x_slots) & 1) ^ 1)
+                    mbarrier.expect(bar, HALF * 128, pred=is_half)
+                    mbarrier.expect(bar, M * 128, pred=is_half == 0)
+                    at = column * 320 + step * 64
+                    copy_rows(x_desc, [block * M, at], bar, xs.index(slot * 2))
+                    if is_half == 0:
+                        copy_rows(x_desc, [block * M + HALF, at], bar, xs.index(slot * 2 + 1))
+                    n += 1
+            item = following
+
+
+@gluon.jit
+def _activation(gate, up, S: gl.constexpr):
+    if S.limit is not None:
+        gate = gl.minimum(gate, S.limit)
+        up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
+    return gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + S.offset)
+
+
+@gluon.jit
+def _store(
+    acc, tile, block, expert, tiles_ptr, bias_ptr, block_rows, expert_weights, out_ptr, pairs,
+    MMA: gl.constexpr, PAIRS: gl.constexpr, S: gl.constexpr,
+):  # fmt: skip
+    """Sums [128, PAIRS] of a tile's rows with scale and bias: their activation, or times the
+    expert's weight."""
+    # Where the threads hand sums to each other: one has four rows that are neighbours.
+    MANY: gl.constexpr = [[0, 16], [0, 32], [0, 64]] if PAIRS == 128 else [[0, 16], [0, 32]]
+    PAIR_BITS: gl.constexpr = [[0, 16]] if PAIRS == 32 else MANY
+    ROWS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0], [8, 0], [64, 0]] + PAIR_BITS,
+        [[0, 2], [0, 4], [0, 1], [0, 8], [4, 0]], [[16, 0], [32, 0]], [], [128, PAIRS],
+    )  # fmt: skip
+    row = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    factor: gl.constexpr = 1.0 if S.tiles.scales == "fp32" else UNSCALE
+    if S.tiles.scales != "e8m0":
+        # The rows' own word: the first of 8 bits, the last of 4.
+        WORD: gl.constexpr = (
+            S.tiles.code_bytes + (0 if S.tiles.bits == 8 else S.tiles.words - 1) * 512
+        )
+        at = (expert * S.tiles_per_expert + S.first_tile + tile).to(gl.int64) * S.tiles.bytes + WORD
+        words = (tiles_ptr + at).to(gl.pointer_type(gl.float32), bitcast=True)
+        acc *= gl.load(words + gl.arange(0, 128, layout=gl.SliceLayout(1, MMA)))[:, None] * factor
+    else:
+        acc *= factor
+    bias = gl.load(bias_ptr + expert * S.rows + row, mask=row < S.rows, other=0.0)
+    acc = gl.convert_layout(acc + bias.to(gl.float32)[:, None], ROWS)
+    if S.gated:
+        PLACES: gl.constexpr = gl.DistributedLinearLayout(
+            [[1, 0], [2, 0], [32, 0]] + PAIR_BITS,
+            [[0, 2], [0, 4], [0, 1], [0, 8], [8, 0]], [[4, 0], [16, 0]], [], [64, PAIRS],
+        )  # fmt: skip
+        gate, up = gl.split(acc.reshape([64, 2, PAIRS]).permute([0, 2, 1]))
+        hidden = _activation(gate, up, S)
+        # In the order in which the next product reads columns, see operands.py.
+        if S.tiles.bits == 4:
+            hidden = hidden.reshape([4, 4, 2, 2, PAIRS]).permute([0, 2, 1, 3, 4])
+        else:
+            hidden = hidden.reshape([2, 4, 2, 2, 2, PAIRS]).permute([0, 2, 3, 1, 4, 5])
+        hidden = hidden.reshape([64, PAIRS]).to(gl.bfloat16)
+        if S.tiles.bits == 4:
+            hidden = gl.convert_layout(hidden, PLACES, assert_trivial=True)
+        else:
+            hidden = gl.convert_layout(hidden, PLACES)
+        place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, PLACES))
+        at = block * S.block_rows + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, PLACES))
+        out = out_ptr + at.to(gl.int64)[None, :] * S.out_columns + place[:, None]
+        gl.store(out, hidden, mask=(place < S.rows // 2)[:, None])
+    else:
+        row = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, ROWS))
+        at = block * S.block_rows + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, ROWS))
+        pair = gl.load(block_rows + at)
+        weight = gl.load(expert_weights + pair, mask=pair < pairs, other=0.0)
+        out = out_ptr + pair.to(gl.int64)[None, :] * S.out_columns + row[:, None]
+        gl.store(out, acc * weight[None, :], mask=(row < S.rows)[:, None] & (pair < pairs)[None, :])
+
+
+@gluon.jit
+def _item(
+    which: gl.constexpr, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows, expert_weights,
+    out_ptr, pairs, xs, codes, words, numbers, xfull, xempty, full, empty, PAIRS: gl.constexpr,
+    S: gl.constexpr,
+):  # fmt: skip
+    """A tile row of weights times a block of pairs; n, m: steps and tiles so far, returned."""
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIRS, 16])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    APART: gl.constexpr = S.block_rows // PAIRS  # views of xs that are a slot
+    is_there = row + which < S.down
+    acc = gl.zeros([128, PAIRS], gl.float32, layout=MMA)
+    for _ in range(S.across):
+        slot = m % S.tile_slots
+        unit = slot * 2 + which
+        mbarrier.wait(full.index(slot), (m // S.tile_slots) & 1)
+        for step in range(5):
+            x_slot = n % S.x_slots
+            if is_there:
+                a = operand(codes, words, unit, step, MMA, S)
+                mbarrier.wait(xfull.index(x_slot), (n // S.x_slots) & 1)
+                x = xs.index(x_slot * APART).permute([1, 0])
+                if S.tiles.scales == "fp32":
+                    part = warpgroup_mma(a, x, acc, use_acc=False, is_async=True)
+                    at = (unit * (S.words_rows // 2) + 1) * 128 + step
+                    scale = gl.sum(numbers.index(at).load(ONE), 0)
+                    acc += warpgroup_mma_wait(0, deps=[part]) * scale
+                else:
+                    acc = warpgroup_mma(a, x, acc, is_async=True)
+                    acc = warpgroup_mma_wait(0, deps=[acc])
+            else:
+                mbarrier.wait(xfull.index(x_slot), (n // S.x_slots) & 1)
+            mbarrier.arrive(xempty.index(x_slot), count=1)
+            n += 1
+        mbarrier.arrive(empty.index(slot), count=1)
+        m += 1
+    if is_there:
+        _store(
+            acc, row + which, block, expert, tiles_ptr, bias_ptr, block_rows, expert_weights,
+            out_ptr, pairs, MMA, PAIRS, S,
+        )  # fmt: skip
+    return n, m
+
+
+@gluon.jit
+def consumer(
+    which: gl.constexpr, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
+    pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings, heard, S: gl.constexpr,
+):  # fmt: skip
+    """Four warps: the upper or the lower tile of each item."""
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    M: gl.constexpr = S.block_rows
+    WORDS: gl.constexpr = S.tile_slots * S.words_rows * 128
+    x_blocks = seen_as(xs, gl.bfloat16, [S.x_slots, M, 64], SWIZZLED)
+    numbers = seen_as(words, gl.float32, [WORDS, 1], FLAT)
+    codes, words = operand_views(codes, words, S)
+    n = 0
+    m = 0
+    i = 0
+    more = True
+    while more:
+        mbarrier.wait(tellings.index(i & 1), (i >> 1) & 1)
+        item = gl.sum(seen_as(told.index(i & 1), gl.int32, [1], FLAT).load(ONE), 0)
+        mbarrier.arrive(heard.index(i & 1), count=1)
+        i += 1
+        more = item >= 0
+        if more:
+            block = item // S.groups
+            row = (item % S.groups) * 2
+            expert = gl.load(block_expert + block)
+            if gl.load(block_rows + block * M + M // 2) == pairs:  # the rest is empty
+                n, m = _item(
+                    which, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows,
+                    expert_weights, out_ptr, pairs, xs, codes, words, numbers, xfull, xempty, full,
+                    empty, M // 2, S,
+                )  # fmt: skip
+            else:
+                n, m = _item(
+                    which, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows,
+                    expert_weights, out_ptr, pairs, x_blocks, codes, words, numbers, xfull, xempty,
+                    full, empty, M, S,
+                )  # fmt: skip
+
+
+# Grid: one program a processor.
+@gluon.jit(do_not_specialize=["pairs", "blocks"])
+def gemm_kernel(
+    x_desc,  # [blocks * M, K] bf16, columns in the order of operands.py
+    codes_desc,
+    words_desc,
+    tiles_ptr,  # [E, tiles, bytes]
+    bias_ptr,  # [E, N]
+    block_expert,  # [blocks] int32; E and more: no work, as all behind it
+    block_rows,  # [blocks, M] int32: pairs
+    expert_weights,  # [pairs] fp32, read unless gated
+    claims,  # [1] int32, zero
+    out_ptr,  # [blocks * M, F] bf16 in the order of x if gated, else [pairs, N] fp32
+    pairs,
+    blocks,
+    S: gl.constexpr,
+):
+    PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
+    SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
+    LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    X: gl.constexpr = S.x_slots
+    TILES: gl.constexpr = S.tile_slots
+    xs = gl.allocate_shared_memory(gl.bfloat16, [X * 2, S.block_rows // 2, 64], SWIZZLED)
+    codes = gl.allocate_shared_memory(gl.uint8, [TILES * 2 * S.tiles.chunks, 16, 256], PLAIN)
+    words = gl.allocate_shared_memory(gl.uint8, [TILES * 2, S.words_rows, 256], PLAIN)
+    told = gl.allocate_shared_memory(gl.int32, [2, 1], LINE)
+    xfull = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
+    xempty = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    tellings = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for s in gl.static_range(X):
+        mbarrier.init(xfull.index(s), count=1)
+        mbarrier.init(xempty.index(s), count=2)
+    for s in gl.static_range(TILES):
+        mbarrier.init(full.index(s), count=1)
+        mbarrier.init(empty.index(s), count=2)
+    for s in gl.static_range(2):
+        mbarrier.init(tellings.index(s), count=1)
+        mbarrier.init(heard.index(s), count=2)
+    gl.warp_specialize(
+        [
+            (consumer, (0, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
+                        pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings,
+                        heard, S)),
+            (consumer, (1, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
+                        pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings,
+                        heard, S)),
+            (producer, (x_desc, codes_desc, words_desc, block_expert, block_rows, claims, pairs,
+                        blocks, xs, codes, words, xfull, xempty, full, empty, told, tellings,
+                        heard, S)),
+        ],
+        [4, 1],
+        [240, 40],
+    )  # fmt: skip

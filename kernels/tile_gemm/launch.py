@@ -1,0 +1,184 @@
+"""The routed experts of many tokens, of weights in the tiles of the persistent step.
+
+T tokens, D model width, F expert width, E experts, K experts per token, M rows of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.moe_routing import Routing
+from kernels.persistent.formats import ROW_BYTES
+from kernels.persistent.pack import TiledExperts
+from kernels.swiglu import Swiglu
+from kernels.tile_gemm.kernel import gemm_kernel
+from kernels.tile_gemm.sizes import STEP_COLUMNS, GemmSizes
+
+COLUMNS_IN_TURN = 32  # in which x_order changes the order of columns
+
+
+# A program copies a row's token into its place, its columns in the order of operands.py.
+# Grid: B * M.
+@triton.jit(do_not_specialize=["pairs"])
+def _gather_kernel(
+    x_ptr,  # [T, D]
+    block_rows_ptr,  # [B * M] int32
+    out_ptr,  # [B * M, D] bf16, written where there is work
+    pairs,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    BITS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    pair = tl.load(block_rows_ptr + row)
+    if pair < pairs:
+        d = tl.arange(0, BLOCK_D)
+        x = tl.load(x_ptr + (pair // K).to(tl.int64) * D + d, mask=d < D).to(tl.bfloat16)
+        if BITS == 4:
+            x = tl.permute(tl.reshape(x, (BLOCK_D // 16, 4, 2, 2)), (0, 2, 1, 3))
+        else:
+            x = tl.permute(tl.reshape(x, (BLOCK_D // 32, 4, 2, 2, 2)), (0, 2, 3, 1, 4))
+        tl.store(out_ptr + row.to(tl.int64) * D + d, tl.reshape(x, (BLOCK_D,)), mask=d < D)
+
+
+def block_rows(tokens: int, experts_per_token: int, weight: TiledExperts) -> int:
+    """M: rows of a block. Decoding weights costs more than products with empty rows."""
+    share = tokens * experts_per_token / weight.shape[0]
+    # With 8 bits too little of x has room, and scales in fp32 need a second set of sums.
+    return 128 if share > 48 and weight.facts.bits == 4 else 64
+
+
+def moe_gemm_gate_up(
+    x_TD: Tensor, gate_up: TiledExperts, bias: Tensor, routing: Routing, activation: Swiglu
+) -> Tensor:
+    """First half of the routed experts for T tokens: gate_up and the gated activation.
+
+    x_TD:        [T, D] normed tokens, cast to bf16
+    gate_up:     [E, 2F, D], gate and up rows in turn
+    bias:        [E, 2F]
+    routing:     of these tokens, in blocks of 64 or 128 rows
+    activation:  alternating
+    returns      [B * M, F] bf16: of each row of the blocks, columns in x_order; rows without work
+                 hold anything
+
+    4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
+    """
+    assert activation.alternating, activation
+    width, (blocks, m) = x_TD.shape[1], routing.block_rows.shape
+    x = x_TD.new_empty((blocks * m, width), dtype=torch.bfloat16)
+    _gather_kernel[(blocks * m,)](
+        x_TD,
+        routing.block_rows,
+        x,
+        routing.expert_weights.numel(),
+        D=width,
+        K=routing.expert_weights.shape[1],
+        BITS=gate_up.facts.bits,
+        BLOCK_D=triton.next_power_of_2(width),
+    )
+    out = x.new_empty((blocks * m, gate_up.shape[1] // 2))
+    _launch(x, gate_up, bias, routing, out, activation)
+    return out
+
+
+def moe_gemm_down(hidden: Tensor, down: TiledExperts, bias: Tensor, routing: Routing) -> Tensor:
+    """Second half: each pair's output times its weight; add_expert_outputs sums over K.
+
+    hidden:   [B * M, F] of moe_gemm_gate_up
+    down:     [E, D, F]
+    bias:     [E, D]
+    returns   [T * K, D] fp32, row token * K + slot: weight * (down @ hidden + bias)
+
+    2 * T * K * F * D operations set its time.
+    """
+    pairs = routing.expert_weights.numel()
+    out = hidden.new_empty((pairs, down.shape[1]), dtype=torch.float32)
+    _launch(hidden, down, bias, routing, out, None)
+    return out
+
+
+def x_order(columns: int, bits: int) -> Tensor:
+    """[columns] int64: which column stands at each place, for weights with codes of `bits`."""
+    k = torch.arange(columns)
+    if bits == 4:  # 4 c + 2 h + j comes to 8 h + 2 c + j
+        return k.view(-1, 4, 2, 2).transpose(1, 2).reshape(-1)
+    # 8 c + 4 f + 2 h + j comes to 16 f + 8 h + 2 c + j
+    return k.view(-1, 4, 2, 2, 2).permute(0, 2, 3, 1, 4).reshape(-1)
+
+
+@functools.cache
+def _processors_and_shared_bytes(device: torch.device) -> tuple[int, int]:
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.shared_memory_per_block_optin
+
+
+def gemm_sizes(
+    weight: TiledExperts,
+    m: int,
+    out_columns: int,
+    activation: Swiglu | None,
+    programs: int,
+    shared_bytes: int,
+) -> GemmSizes:
+    """Of one half of a layer's experts, with blocks of m rows."""
+    experts, rows, columns = weight.shape
+    assert columns % COLUMNS_IN_TURN == 0 and rows % COLUMNS_IN_TURN == 0, weight.shape
+    gated = activation or Swiglu()
+    return GemmSizes(
+        rows=rows,
+        columns=columns,
+        experts=experts,
+        tiles_per_expert=weight.tiles.shape[1],
+        first_tile=weight.first_tile,
+        tiles=weight.facts,
+        block_rows=m,
+        out_columns=out_columns,
+        gated=activation is not None,
+        limit=gated.limit,
+        alpha=gated.alpha,
+        offset=gated.offset,
+        programs=programs,
+    ).with_rings(shared_bytes)
+
+
+def _launch(
+    x: Tensor,
+    weight: TiledExperts,
+    bias: Tensor,
+    routing: Routing,
+    out: Tensor,
+    activation: Swiglu | None,
+) -> None:
+    blocks, m = routing.block_rows.shape
+    s = gemm_sizes(weight, m, out.shape[1], activation, *_processors_and_shared_bytes(x.device))
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    rows = weight.tiles.view(-1, ROW_BYTES)
+
+    def copied(height: int) -> TensorDescriptor:
+        return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], plain)
+
+    gemm_kernel[(s.programs,)](
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [m // 2, STEP_COLUMNS], swizzled),
+        copied(16),
+        copied(s.words_rows),
+        weight.tiles,
+        bias,
+        routing.block_expert,
+        routing.block_rows,
+        routing.expert_weights,
+        torch.zeros(1, dtype=torch.int32, device=x.device),
+        out,
+        routing.expert_weights.numel(),
+        blocks,
+        S=s,
+        num_warps=4,
+    )

@@ -1,0 +1,75 @@
+"""Compile the grouped GEMM over tiles for sm_90 without a GPU; one JSON line a kernel.
+
+    python tests/kernels/compile_tile_gemm_offline.py mxfp4 nvfp4
+
+Sizes are those of gpt-oss-20b, its experts in the formats that are named. In a process of its own,
+because the tests of values have Triton's interpreter on.
+"""
+
+import json
+import pathlib
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
+
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.pack import tiles_of
+from kernels.tile_gemm.kernel import gemm_kernel
+from kernels.tile_gemm.sizes import GemmSizes
+from tests.kernels.compile_offline import resource_usage
+
+WIDTH, EXPERTS, SHARED_BYTES = 2880, 32, 227 << 10
+TYPES = {
+    "tiles_ptr": "*u8", "bias_ptr": "*bf16", "block_expert": "*i32", "block_rows": "*i32",
+    "expert_weights": "*fp32", "claims": "*i32", "pairs": "i32", "blocks": "i32", "S": "constexpr",
+}  # fmt: skip
+
+
+def sizes(experts_in: str, block_rows: int, *, gated: bool) -> GemmSizes:
+    """As kernels/tile_gemm/launch.py makes them on an H100."""
+    up, down = tiles_of(2 * WIDTH, WIDTH), tiles_of(WIDTH, WIDTH)
+    return GemmSizes(
+        rows=2 * WIDTH if gated else WIDTH, columns=WIDTH, experts=EXPERTS,
+        tiles_per_expert=up + down, first_tile=0 if gated else up, tiles=EXPERT_TILES[experts_in],
+        block_rows=block_rows, out_columns=WIDTH, gated=gated, limit=7.0, alpha=1.702, offset=1.0,
+        programs=132,
+    ).with_rings(SHARED_BYTES)  # fmt: skip
+
+
+def compile_for(s: GemmSizes) -> dict[str, int]:
+    """What the compiler says: registers, stack and shared memory in bytes."""
+    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    signature = {
+        "x_desc": f"tensordesc<bf16[{s.block_rows // 2},64],{swizzled!r}>",
+        "codes_desc": f"tensordesc<u8[16,256],{plain!r}>",
+        "words_desc": f"tensordesc<u8[{s.words_rows},256],{plain!r}>",
+        "out_ptr": "*bf16" if s.gated else "*fp32",
+    } | TYPES
+    signature = {name: signature[name] for name in gemm_kernel.arg_names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
+    }
+    source = GluonASTSource(gemm_kernel, signature, {"S": s}, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    usage = resource_usage(made.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": made.metadata.shared,
+        "planned_shared_bytes": s.shared_bytes,
+    }
+
+
+if __name__ == "__main__":
+    for name in sys.argv[1:]:
+        for block_rows in (64, 128) if EXPERT_TILES[name].bits == 4 else (64,):
+            for gated in (True, False):
+                found = compile_for(sizes(name, block_rows, gated=gated))
+                what = {"experts": name, "block_rows": block_rows, "gated": gated}
+                print(json.dumps(what | found), flush=True)
