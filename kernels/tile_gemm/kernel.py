@@ -1,11 +1,11 @@
-"""The persistent program of the grouped GEMM: a warp that copies, two groups of four that multiply.
+"""The persistent program of the grouped GEMM: a warp that copies, three groups of four that multiply.
 
 Weights are the left operand, decoded from a tile into registers; x is the right one, read where the
 copy engine has put it. So nothing is written to shared memory but by the copy engine, and no fence
-waits for what is under way. While one group decodes the other multiplies.
+waits for what is under way. While one group decodes another multiplies.
 
-A program takes one item after the other, as it comes to it: a block of pairs and two tiles, one
-below the other, one for each group.
+A program takes one item after the other, as it comes to it: a block of pairs and three units of
+weights, tiles or halves of tiles one below the other, one for each group.
 """
 
 from triton.experimental import gluon
@@ -24,32 +24,36 @@ _DONE = gl.constexpr(-1)
 
 
 @gluon.jit
-def _copy_tiles(
-    codes_desc, words_desc, tile, m, both, codes, words, full, empty, S: gl.constexpr
+def _copy_units(
+    codes_desc, words_desc, expert, column, first, m, codes, words, full, empty, S: gl.constexpr
 ):  # fmt: skip
-    """Load a tile and the one below it, if it is there, into the slot of the m-th pair."""
+    """Load the units from `first` on, as far as they are there, of a column into the m-th slot."""
     CHUNKS: gl.constexpr = S.tiles.chunks
-    ROWS: gl.constexpr = S.tiles.rows
-    slot = m % S.tile_slots
+    HEIGHT: gl.constexpr = S.chunk_rows
+    PARTS: gl.constexpr = 128 // S.unit_rows
+    slot = m % S.unit_slots
     bar = full.index(slot)
-    mbarrier.wait(empty.index(slot), ((m // S.tile_slots) & 1) ^ 1)
-    mbarrier.expect(bar, 2 * S.tile_bytes, pred=both)
-    mbarrier.expect(bar, S.tile_bytes, pred=both == 0)
-    for which in gl.static_range(2):
-        if both | (which == 0):
-            at = (tile + which) * ROWS
-            unit = slot * 2 + which
+    mbarrier.wait(empty.index(slot), ((m // S.unit_slots) & 1) ^ 1)
+    tiles = expert * S.tiles_per_expert + S.first_tile + column * S.down
+    for which in gl.static_range(3):
+        if first + which >= S.units:
+            mbarrier.arrive(bar, count=1)
+        else:
+            mbarrier.expect(bar, S.unit_bytes)
+            at = (tiles + (first + which) // PARTS) * S.tiles.rows
+            codes_at = at + (first + which) % PARTS * HEIGHT
+            unit = slot * 3 + which
             for c in gl.static_range(CHUNKS):
-                copy_rows(codes_desc, [at + c * 16, 0], bar, codes.index(unit * CHUNKS + c))
+                copy_rows(codes_desc, [codes_at + c * 16, 0], bar, codes.index(unit * CHUNKS + c))
             copy_rows(words_desc, [at + CHUNKS * 16, 0], bar, words.index(unit))
 
 
 @gluon.jit
-def producer(
-    x_desc, codes_desc, words_desc, block_expert, block_rows, claims, pairs, blocks, xs, codes,
-    words, xfull, xempty, full, empty, told, tellings, heard, S: gl.constexpr,
-):  # fmt: skip
+def producer(work, sources, rings, S: gl.constexpr):
     """One warp: claims items, tells the others, and loads what they multiply."""
+    block_expert, block_rows, pairs = work
+    x_desc, codes_desc, words_desc, claims, blocks = sources
+    xs, codes, words, xfull, xempty, full, empty, told, tellings, heard = rings
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     M: gl.constexpr = S.block_rows
@@ -72,12 +76,10 @@ def producer(
         if more:
             following = S.programs + gl.atomic_add(claims, 1, sem="relaxed")
             is_half = gl.load(block_rows + block * M + HALF) == pairs
-            row = (item % S.groups) * 2
-            tile = expert * S.tiles_per_expert + S.first_tile + row
             for column in range(S.across):
-                _copy_tiles(
-                    codes_desc, words_desc, tile + column * S.down, m, row + 1 < S.down, codes,
-                    words, full, empty, S,
+                _copy_units(
+                    codes_desc, words_desc, expert, column, item % S.groups * 3, m, codes, words,
+                    full, empty, S,
                 )  # fmt: skip
                 m += 1
                 for step in range(5):
@@ -104,56 +106,56 @@ def _activation(gate, up, S: gl.constexpr):
 
 @gluon.jit
 def _store(
-    acc, tile, block, expert, tiles_ptr, bias_ptr, block_rows, expert_weights, out_ptr, pairs,
-    MMA: gl.constexpr, PAIRS: gl.constexpr, S: gl.constexpr,
+    acc, unit, block, expert, work, results, MMA: gl.constexpr, PAIRS: gl.constexpr,
+    S: gl.constexpr,
 ):  # fmt: skip
-    """Sums [128, PAIRS] of a tile's rows with scale and bias: their activation, or times the
-    expert's weight."""
+    """Sums [rows, PAIRS] of a unit with scale and bias: their activation, or times the expert's
+    weight."""
+    _, block_rows, pairs = work
+    tiles_ptr, bias_ptr, expert_weights, out_ptr = results
+    ROWS: gl.constexpr = S.unit_rows
     # Where the threads hand sums to each other: one has four rows that are neighbours.
     MANY: gl.constexpr = [[0, 16], [0, 32], [0, 64]] if PAIRS == 128 else [[0, 16], [0, 32]]
     PAIR_BITS: gl.constexpr = [[0, 16]] if PAIRS == 32 else MANY
-    ROWS: gl.constexpr = gl.DistributedLinearLayout(
-        [[1, 0], [2, 0], [8, 0], [64, 0]] + PAIR_BITS,
-        [[0, 2], [0, 4], [0, 1], [0, 8], [4, 0]], [[16, 0], [32, 0]], [], [128, PAIRS],
+    LAST_ROW: gl.constexpr = [[64, 0]] if ROWS == 128 else []
+    LAST_PLACE: gl.constexpr = [[32, 0]] if ROWS == 128 else []
+    BY_ROWS: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0], [8, 0]] + LAST_ROW + PAIR_BITS,
+        [[0, 2], [0, 4], [0, 1], [0, 8], [4, 0]], [[16, 0], [32, 0]], [], [ROWS, PAIRS],
     )  # fmt: skip
-    row = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, MMA))
+    PLACES: gl.constexpr = gl.DistributedLinearLayout(
+        [[1, 0], [2, 0]] + LAST_PLACE + PAIR_BITS,
+        [[0, 2], [0, 4], [0, 1], [0, 8], [8, 0]], [[4, 0], [16, 0]], [], [ROWS // 2, PAIRS],
+    )  # fmt: skip
+    in_unit = gl.arange(0, ROWS, layout=gl.SliceLayout(1, MMA))
+    row = unit * ROWS + in_unit
     factor: gl.constexpr = 1.0 if S.tiles.scales == "fp32" else UNSCALE
     if S.tiles.scales != "e8m0":
         # The rows' own word: the first of 8 bits, the last of 4.
-        WORD: gl.constexpr = (
-            S.tiles.code_bytes + (0 if S.tiles.bits == 8 else S.tiles.words - 1) * 512
-        )
-        at = (expert * S.tiles_per_expert + S.first_tile + tile).to(gl.int64) * S.tiles.bytes + WORD
+        OWN: gl.constexpr = 0 if S.tiles.bits == 8 else S.tiles.words - 1
+        tile = expert * S.tiles_per_expert + S.first_tile + unit * ROWS // 128
+        at = tile.to(gl.int64) * S.tiles.bytes + S.tiles.code_bytes + OWN * 512
         words = (tiles_ptr + at).to(gl.pointer_type(gl.float32), bitcast=True)
-        acc *= gl.load(words + gl.arange(0, 128, layout=gl.SliceLayout(1, MMA)))[:, None] * factor
-    else:
-        acc *= factor
+        acc *= gl.load(words + unit * ROWS % 128 + in_unit)[:, None]
     bias = gl.load(bias_ptr + expert * S.rows + row, mask=row < S.rows, other=0.0)
-    acc = gl.convert_layout(acc + bias.to(gl.float32)[:, None], ROWS)
+    acc = gl.convert_layout(acc * factor + bias.to(gl.float32)[:, None], BY_ROWS)
     if S.gated:
-        PLACES: gl.constexpr = gl.DistributedLinearLayout(
-            [[1, 0], [2, 0], [32, 0]] + PAIR_BITS,
-            [[0, 2], [0, 4], [0, 1], [0, 8], [8, 0]], [[4, 0], [16, 0]], [], [64, PAIRS],
-        )  # fmt: skip
-        gate, up = gl.split(acc.reshape([64, 2, PAIRS]).permute([0, 2, 1]))
+        gate, up = gl.split(acc.reshape([ROWS // 2, 2, PAIRS]).permute([0, 2, 1]))
         hidden = _activation(gate, up, S)
         # In the order in which the next product reads columns, see operands.py.
         if S.tiles.bits == 4:
-            hidden = hidden.reshape([4, 4, 2, 2, PAIRS]).permute([0, 2, 1, 3, 4])
+            hidden = hidden.reshape([ROWS // 32, 4, 2, 2, PAIRS]).permute([0, 2, 1, 3, 4])
         else:
-            hidden = hidden.reshape([2, 4, 2, 2, 2, PAIRS]).permute([0, 2, 3, 1, 4, 5])
-        hidden = hidden.reshape([64, PAIRS]).to(gl.bfloat16)
-        if S.tiles.bits == 4:
-            hidden = gl.convert_layout(hidden, PLACES, assert_trivial=True)
-        else:
-            hidden = gl.convert_layout(hidden, PLACES)
-        place = tile * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, PLACES))
+            hidden = hidden.reshape([ROWS // 64, 4, 2, 2, 2, PAIRS]).permute([0, 2, 3, 1, 4, 5])
+        hidden = hidden.reshape([ROWS // 2, PAIRS]).to(gl.bfloat16)
+        hidden = gl.convert_layout(hidden, PLACES, assert_trivial=S.tiles.bits == 4)
+        place = unit * (ROWS // 2) + gl.arange(0, ROWS // 2, layout=gl.SliceLayout(1, PLACES))
         at = block * S.block_rows + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, PLACES))
         out = out_ptr + at.to(gl.int64)[None, :] * S.out_columns + place[:, None]
         gl.store(out, hidden, mask=(place < S.rows // 2)[:, None])
     else:
-        row = tile * 128 + gl.arange(0, 128, layout=gl.SliceLayout(1, ROWS))
-        at = block * S.block_rows + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, ROWS))
+        row = unit * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, BY_ROWS))
+        at = block * S.block_rows + gl.arange(0, PAIRS, layout=gl.SliceLayout(0, BY_ROWS))
         pair = gl.load(block_rows + at)
         weight = gl.load(expert_weights + pair, mask=pair < pairs, other=0.0)
         out = out_ptr + pair.to(gl.int64)[None, :] * S.out_columns + row[:, None]
@@ -162,31 +164,30 @@ def _store(
 
 @gluon.jit
 def _item(
-    which: gl.constexpr, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows, expert_weights,
-    out_ptr, pairs, xs, codes, words, numbers, xfull, xempty, full, empty, PAIRS: gl.constexpr,
-    S: gl.constexpr,
+    unit, block, expert, which: gl.constexpr, n, m, work, results, xs, codes, words, numbers, xfull,
+    xempty, full, empty, PAIRS: gl.constexpr, S: gl.constexpr,
 ):  # fmt: skip
-    """A tile row of weights times a block of pairs; n, m: steps and tiles so far, returned."""
+    """A unit's rows times a block of pairs; n, m: steps and slots so far, returned."""
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PAIRS, 16])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     APART: gl.constexpr = S.block_rows // PAIRS  # views of xs that are a slot
-    is_there = row + which < S.down
-    acc = gl.zeros([128, PAIRS], gl.float32, layout=MMA)
+    ROWS: gl.constexpr = S.unit_rows
+    half = unit % (128 // S.unit_rows)
+    acc = gl.zeros([ROWS, PAIRS], gl.float32, layout=MMA)
     for _ in range(S.across):
-        slot = m % S.tile_slots
-        unit = slot * 2 + which
-        mbarrier.wait(full.index(slot), (m // S.tile_slots) & 1)
+        slot = m % S.unit_slots
+        at = slot * 3 + which
+        mbarrier.wait(full.index(slot), (m // S.unit_slots) & 1)
         for step in range(5):
             x_slot = n % S.x_slots
-            if is_there:
-                a = operand(codes, words, unit, step, MMA, S)
+            if unit < S.units:
+                a = operand(codes, words, at, half, step, MMA, S)
                 mbarrier.wait(xfull.index(x_slot), (n // S.x_slots) & 1)
                 x = xs.index(x_slot * APART).permute([1, 0])
                 if S.tiles.scales == "fp32":
                     part = warpgroup_mma(a, x, acc, use_acc=False, is_async=True)
-                    at = (unit * (S.words_rows // 2) + 1) * 128 + step
-                    scale = gl.sum(numbers.index(at).load(ONE), 0)
-                    acc += warpgroup_mma_wait(0, deps=[part]) * scale
+                    scale = numbers.index((at * (S.words_rows // 2) + 1) * 128 + step).load(ONE)
+                    acc += warpgroup_mma_wait(0, deps=[part]) * gl.sum(scale, 0)
                 else:
                     acc = warpgroup_mma(a, x, acc, is_async=True)
                     acc = warpgroup_mma_wait(0, deps=[acc])
@@ -196,25 +197,21 @@ def _item(
             n += 1
         mbarrier.arrive(empty.index(slot), count=1)
         m += 1
-    if is_there:
-        _store(
-            acc, row + which, block, expert, tiles_ptr, bias_ptr, block_rows, expert_weights,
-            out_ptr, pairs, MMA, PAIRS, S,
-        )  # fmt: skip
+    if unit < S.units:
+        _store(acc, unit, block, expert, work, results, MMA, PAIRS, S)
     return n, m
 
 
 @gluon.jit
-def consumer(
-    which: gl.constexpr, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
-    pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings, heard, S: gl.constexpr,
-):  # fmt: skip
-    """Four warps: the upper or the lower tile of each item."""
+def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
+    """Four warps: of each item the unit with number `which`."""
+    block_expert, block_rows, pairs = work
+    xs, codes, words, xfull, xempty, full, empty, told, tellings, heard = rings
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     M: gl.constexpr = S.block_rows
-    WORDS: gl.constexpr = S.tile_slots * S.words_rows * 128
+    WORDS: gl.constexpr = S.unit_slots * 3 * S.words_rows * 64
     x_blocks = seen_as(xs, gl.bfloat16, [S.x_slots, M, 64], SWIZZLED)
     numbers = seen_as(words, gl.float32, [WORDS, 1], FLAT)
     codes, words = operand_views(codes, words, S)
@@ -230,19 +227,17 @@ def consumer(
         more = item >= 0
         if more:
             block = item // S.groups
-            row = (item % S.groups) * 2
+            unit = item % S.groups * 3 + which
             expert = gl.load(block_expert + block)
             if gl.load(block_rows + block * M + M // 2) == pairs:  # the rest is empty
                 n, m = _item(
-                    which, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows,
-                    expert_weights, out_ptr, pairs, xs, codes, words, numbers, xfull, xempty, full,
-                    empty, M // 2, S,
+                    unit, block, expert, which, n, m, work, results, xs, codes, words, numbers,
+                    xfull, xempty, full, empty, M // 2, S,
                 )  # fmt: skip
             else:
                 n, m = _item(
-                    which, block, row, expert, n, m, tiles_ptr, bias_ptr, block_rows,
-                    expert_weights, out_ptr, pairs, x_blocks, codes, words, numbers, xfull, xempty,
-                    full, empty, M, S,
+                    unit, block, expert, which, n, m, work, results, x_blocks, codes, words, numbers,
+                    xfull, xempty, full, empty, M, S,
                 )  # fmt: skip
 
 
@@ -267,38 +262,37 @@ def gemm_kernel(
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     LINE: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     X: gl.constexpr = S.x_slots
-    TILES: gl.constexpr = S.tile_slots
+    UNITS: gl.constexpr = S.unit_slots
     xs = gl.allocate_shared_memory(gl.bfloat16, [X * 2, S.block_rows // 2, 64], SWIZZLED)
-    codes = gl.allocate_shared_memory(gl.uint8, [TILES * 2 * S.tiles.chunks, 16, 256], PLAIN)
-    words = gl.allocate_shared_memory(gl.uint8, [TILES * 2, S.words_rows, 256], PLAIN)
+    codes = gl.allocate_shared_memory(gl.uint8, [UNITS * 3 * S.tiles.chunks, S.chunk_rows, 256], PLAIN)
+    words = gl.allocate_shared_memory(gl.uint8, [UNITS * 3, S.words_rows, 256], PLAIN)
     told = gl.allocate_shared_memory(gl.int32, [2, 1], LINE)
     xfull = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
     xempty = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [TILES, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [UNITS, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [UNITS, 1], mbarrier.MBarrierLayout())
     tellings = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(X):
         mbarrier.init(xfull.index(s), count=1)
-        mbarrier.init(xempty.index(s), count=2)
-    for s in gl.static_range(TILES):
-        mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=2)
+        mbarrier.init(xempty.index(s), count=3)
+    for s in gl.static_range(UNITS):
+        mbarrier.init(full.index(s), count=3)
+        mbarrier.init(empty.index(s), count=3)
     for s in gl.static_range(2):
         mbarrier.init(tellings.index(s), count=1)
-        mbarrier.init(heard.index(s), count=2)
+        mbarrier.init(heard.index(s), count=3)
+    rings = (xs, codes, words, xfull, xempty, full, empty, told, tellings, heard)
+    work = (block_expert, block_rows, pairs)
+    sources = (x_desc, codes_desc, words_desc, claims, blocks)
+    results = (tiles_ptr, bias_ptr, expert_weights, out_ptr)
     gl.warp_specialize(
         [
-            (consumer, (0, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
-                        pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings,
-                        heard, S)),
-            (consumer, (1, block_expert, block_rows, tiles_ptr, bias_ptr, expert_weights, out_ptr,
-                        pairs, xs, codes, words, xfull, xempty, full, empty, told, tellings,
-                        heard, S)),
-            (producer, (x_desc, codes_desc, words_desc, block_expert, block_rows, claims, pairs,
-                        blocks, xs, codes, words, xfull, xempty, full, empty, told, tellings,
-                        heard, S)),
+            (consumer, (0, work, results, rings, S)),
+            (consumer, (1, work, results, rings, S)),
+            (consumer, (2, work, results, rings, S)),
+            (producer, (work, sources, rings, S)),
         ],
-        [4, 1],
-        [240, 40],
-    )  # fmt: skip
+        [4, 4, 1],
+        [152, 152, 40],
+    )

@@ -52,7 +52,7 @@ def _gather_kernel(
 def block_rows(tokens: int, experts_per_token: int, weight: TiledExperts) -> int:
     """M: rows of a block. Decoding weights costs more than products with empty rows."""
     share = tokens * experts_per_token / weight.shape[0]
-    # With 8 bits too little of x has room, and scales in fp32 need a second set of sums.
+    # With 8 bits too little of x would have room.
     return 128 if share > 48 and weight.facts.bits == 4 else 64
 
 
@@ -168,7 +168,7 @@ def _launch(
 
     gemm_kernel[(s.programs,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [m // 2, STEP_COLUMNS], swizzled),
-        copied(16),
+        copied(s.chunk_rows),
         copied(s.words_rows),
         weight.tiles,
         bias,

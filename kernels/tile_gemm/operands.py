@@ -58,39 +58,33 @@ _NO_SCALE = gl.constexpr(0x7B807B80)  # 2^120 twice
 
 # Words of 64 columns: two rows of a warp's sixteen and four columns each.
 _WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [4, 1, 1, 1], [3, 2, 1, 0]))
-# A word of each row: [8, 2, 8] of which the middle is r or r + 8.
-_OF_ROWS = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1, 0], [4, 0, 0]], [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        [[1, 0, 0], [2, 0, 0]], [], [8, 2, 8],
-    )
-)  # fmt: skip
-# Codes of 8 bits: eight neighbours of a row.
-_CODES = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [0, 4], [8, 0], [64, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
-        [[16, 0], [32, 0]], [], [128, 32],
-    )
-)  # fmt: skip
 
 
 @gluon.jit
 def operand_views(codes, words, S: gl.constexpr):
-    """The rings of tiles as they are read: codes of a step or, with 8 bits, of half of one; words
-    one row after the other, with 4 bits as [8, 2, 8]."""
-    SLOTS: gl.constexpr = S.tile_slots * 2
-    WORDS: gl.constexpr = SLOTS * (S.words_rows // 2)
+    """The rings of units as they are read: codes of a step or, with 8 bits, of half of one; words
+    of a unit's rows one after the other, with 4 bits as [.., 2, 8]."""
+    UNITS: gl.constexpr = S.unit_slots * 3
+    ROWS: gl.constexpr = S.unit_rows
+    WORDS: gl.constexpr = UNITS * S.words_rows * 64 // ROWS
     if S.tiles.bits == 4:
         FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
         FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-        codes = seen_as(codes, gl.int32, [SLOTS * 5, 8, 8, 4, 4], FLAT4)
-        words = seen_as(words, gl.int32, [WORDS, 8, 2, 8], FLAT3)
+        codes = seen_as(codes, gl.int32, [UNITS * 5, ROWS // 16, 8, 4, 4], FLAT4)
+        words = seen_as(words, gl.int32, [WORDS, ROWS // 16, 2, 8], FLAT3)
     else:
         SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-        codes = seen_as(codes, gl.int8, [SLOTS * 10, 128, 32], SWIZZLED)
-        words = seen_as(words, gl.int32, [WORDS, 128], FLAT)
+        codes = seen_as(codes, gl.int8, [UNITS * 10, ROWS, 32], SWIZZLED)
+        words = seen_as(words, gl.int32, [WORDS, ROWS], FLAT)
     return codes, words
+
+
+@gluon.jit
+def word_at(unit, word, half, S: gl.constexpr):
+    """Where a word of a unit's rows stands among the words; half: which half of a tile it is."""
+    PARTS: gl.constexpr = 128 // S.unit_rows
+    return (unit * (S.words_rows // 2) + word) * PARTS + half
 
 
 @gluon.jit
@@ -107,9 +101,14 @@ def _scale(word, byte, PTX: gl.constexpr):
 
 
 @gluon.jit
-def _two_rows(words, at):
-    """A word of rows r and of rows r + 8, [8, 8] each."""
-    r, r8 = gl.split(words.index(at).load(_OF_ROWS).permute([0, 2, 1]))
+def _two_rows(words, at, S: gl.constexpr):
+    """A word of rows r and of rows r + 8, [rows / 16, 8] each."""
+    MORE: gl.constexpr = [[4, 0, 0]] if S.unit_rows == 128 else []
+    OF_ROWS: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1, 0]] + MORE, [[0, 0, 0], [0, 0, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        [[1, 0, 0], [2, 0, 0]], [], [S.unit_rows // 16, 2, 8],
+    )  # fmt: skip
+    r, r8 = gl.split(words.index(at).load(OF_ROWS).permute([0, 2, 1]))
     ROW: gl.constexpr = gl.SliceLayout(2, gl.SliceLayout(3, _WORDS))
     r = gl.convert_layout(r, ROW, assert_trivial=True)
     return r, gl.convert_layout(r8, ROW, assert_trivial=True)
@@ -126,35 +125,37 @@ def _e8m0_place(step):
 
 
 @gluon.jit
-def _word_scales(words, first, step, S: gl.constexpr):
-    """Scales of a step's words, [8, 8, 4, 4], of rows r and of rows r + 8."""
+def _word_scales(words, unit, half, step, S: gl.constexpr):
+    """Scales of a step's words, [rows / 16, 8, 4, 4], of rows r and of rows r + 8."""
     Q: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, gl.SliceLayout(2, _WORDS)))
     q = gl.arange(0, 4, layout=Q)[None, None, None, :]
     if S.tiles.scales == "e8m0":
-        word0, word1, byte0, byte1 = _e8m0_place(step)
-        a, a8 = _two_rows(words, first + word0)
-        b, b8 = _two_rows(words, first + word1)
         PTX: gl.constexpr = _E8M0_FOR_E2M1
+        word0, word1, byte0, byte1 = _e8m0_place(step)
+        a, a8 = _two_rows(words, word_at(unit, word0, half, S), S)
+        b, b8 = _two_rows(words, word_at(unit, word1, half, S), S)
         a, a8 = _scale(a, byte0, PTX), _scale(a8, byte0, PTX)
         b, b8 = _scale(b, byte1, PTX), _scale(b8, byte1, PTX)
         r = gl.where(q < 2, a[:, :, None, None], b[:, :, None, None])
         r8 = gl.where(q < 2, a8[:, :, None, None], b8[:, :, None, None])
     else:  # of 16 columns: two words have the even and the odd ones
         SMALL: gl.constexpr = _SMALL_FOR_E2M1
-        even, even8 = _two_rows(words, first + step // 2 * 2)
-        odd, odd8 = _two_rows(words, first + step // 2 * 2 + 1)
+        word = step // 2 * 2
         byte = step % 2 * 2
-        a, a8 = _scale(even, byte, SMALL), _scale(even8, byte, SMALL)
-        b, b8 = _scale(odd, byte, SMALL), _scale(odd8, byte, SMALL)
-        c, c8 = _scale(even, byte + 1, SMALL), _scale(even8, byte + 1, SMALL)
-        d, d8 = _scale(odd, byte + 1, SMALL), _scale(odd8, byte + 1, SMALL)
-        first_two = gl.where(q == 0, a[:, :, None, None], b[:, :, None, None])
-        last_two = gl.where(q == 2, c[:, :, None, None], d[:, :, None, None])
-        r = gl.where(q < 2, first_two, last_two)
-        first_two = gl.where(q == 0, a8[:, :, None, None], b8[:, :, None, None])
-        last_two = gl.where(q == 2, c8[:, :, None, None], d8[:, :, None, None])
-        r8 = gl.where(q < 2, first_two, last_two)
+        even, even8 = _two_rows(words, word_at(unit, word, half, S), S)
+        odd, odd8 = _two_rows(words, word_at(unit, word + 1, half, S), S)
+        r = _of_four(even, odd, byte, q, SMALL)
+        r8 = _of_four(even8, odd8, byte, q, SMALL)
     return r, r8
+
+
+@gluon.jit
+def _of_four(even, odd, byte, q, PTX: gl.constexpr):
+    """Of column q the scale: two bytes of two words in turn."""
+    s0, s1 = _scale(even, byte, PTX), _scale(odd, byte, PTX)
+    s2, s3 = _scale(even, byte + 1, PTX), _scale(odd, byte + 1, PTX)
+    first = gl.where(q == 0, s0[:, :, None, None], s1[:, :, None, None])
+    return gl.where(q < 2, first, gl.where(q == 2, s2[:, :, None, None], s3[:, :, None, None]))
 
 
 @gluon.jit
@@ -165,47 +166,56 @@ def _halves(pairs):
 
 
 @gluon.jit
-def _of_words(words, r, r8):
-    """Weights [128, 64] of words [8, 8, 4, 4] and their scales."""
+def _of_words(words, r, r8, S: gl.constexpr):
+    """Weights [rows, 64] of words [rows / 16, 8, 4, 4] and their scales."""
     w0, w1, w2, w3 = gl.inline_asm_elementwise(
         _E2M1, "=&r,=&r,=&r,=&r,r,r,r", [words, r, r8],
         dtype=(gl.int32, gl.int32, gl.int32, gl.int32), is_pure=True, pack=1,
     )  # fmt: skip
     rows = gl.join(gl.join(_halves(w0), _halves(w1)), gl.join(_halves(w2), _halves(w3)))
     # [warp, row, 4 columns, 16 columns, column, pair, row + 8]
-    return rows.permute([0, 6, 1, 3, 5, 2, 4]).reshape([128, 64])
+    return rows.permute([0, 6, 1, 3, 5, 2, 4]).reshape([S.unit_rows, 64])
 
 
 @gluon.jit
-def _of_codes(codes, scale):
-    """Weights [128, 32] of E4M3 codes and scales as bf16 twice."""
+def _of_codes(codes, scale, S: gl.constexpr):
+    """Weights [rows, 32] of E4M3 codes and scales as bf16 twice."""
     w = gl.inline_asm_elementwise(
         _E4M3, "=&r,=&r,r,r,r,r,r", [codes, scale], dtype=gl.bfloat16, is_pure=True, pack=4
     )
-    return w.reshape([128, 4, 2, 2, 2]).permute([0, 2, 3, 1, 4]).reshape([128, 32])
+    w = w.reshape([S.unit_rows, 4, 2, 2, 2]).permute([0, 2, 3, 1, 4])
+    return w.reshape([S.unit_rows, 32])
 
 
 @gluon.jit
-def operand(codes, words, unit, step, MMA: gl.constexpr, S: gl.constexpr):
-    """Weights [128, 64] of a step of the tile in slot `unit`, as the left operand; times UNSCALE
-    they are what the tile says, but for scales in fp32."""
-    first = unit * (S.words_rows // 2)
+def operand(codes, words, unit, half, step, MMA: gl.constexpr, S: gl.constexpr):
+    """Weights [rows, 64] of a step of the unit in slot `unit`, as the left operand; times UNSCALE
+    they are what the tile says, but for scales in fp32.
+
+    half: of a tile, if a unit is half of one
+    """
+    ROWS: gl.constexpr = S.unit_rows
     if S.tiles.bits == 4:
-        r, r8 = _word_scales(words, first, step, S)
-        a = _of_words(codes.index(unit * 5 + step).load(_WORDS), r, r8)
-    else:
+        r, r8 = _word_scales(words, unit, half, step, S)
+        a = _of_words(codes.index(unit * 5 + step).load(_WORDS), r, r8, S)
+    else:  # a thread has eight neighbours in a row
+        CODES: gl.constexpr = gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+            [[16, 0], [32, 0]], [], [S.unit_rows, 32],
+        )  # fmt: skip
         at = unit * 10 + step * 2
-        low, high = codes.index(at).load(_CODES), codes.index(at + 1).load(_CODES)
+        low, high = codes.index(at).load(CODES), codes.index(at + 1).load(CODES)
         if S.tiles.scales == "e8m0":
-            ROW: gl.constexpr = gl.SliceLayout(1, _CODES)
+            ROW: gl.constexpr = gl.SliceLayout(1, CODES)
             PTX: gl.constexpr = _E8M0_FOR_E4M3
             word0, word1, byte0, byte1 = _e8m0_place(step)
-            s0 = _scale(words.index(first + word0).load(ROW), byte0, PTX)[:, None]
-            s1 = _scale(words.index(first + word1).load(ROW), byte1, PTX)[:, None]
+            s0 = words.index(word_at(unit, word0, half, S)).load(ROW)
+            s1 = words.index(word_at(unit, word1, half, S)).load(ROW)
+            s0, s1 = _scale(s0, byte0, PTX)[:, None], _scale(s1, byte1, PTX)[:, None]
         else:
-            s0 = gl.full([128, 1], _NO_SCALE, gl.int32, layout=_CODES)
+            s0 = gl.full([ROWS, 1], _NO_SCALE, gl.int32, layout=CODES)
             s1 = s0
-        a0 = _of_codes(low, s0 + gl.zeros([128, 32], gl.int32, layout=_CODES))
-        a1 = _of_codes(high, s1 + gl.zeros([128, 32], gl.int32, layout=_CODES))
-        a = gl.join(a0, a1).permute([0, 2, 1]).reshape([128, 64])
+        none = gl.zeros([ROWS, 32], gl.int32, layout=CODES)
+        a0, a1 = _of_codes(low, s0 + none, S), _of_codes(high, s1 + none, S)
+        a = gl.join(a0, a1).permute([0, 2, 1]).reshape([S.unit_rows, 64])
     return gl.convert_layout(a, gl.DotOperandLayout(0, MMA, 2), assert_trivial=True)

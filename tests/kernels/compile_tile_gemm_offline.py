@@ -47,7 +47,7 @@ def compile_for(s: GemmSizes) -> dict[str, int]:
     swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     signature = {
         "x_desc": f"tensordesc<bf16[{s.block_rows // 2},64],{swizzled!r}>",
-        "codes_desc": f"tensordesc<u8[16,256],{plain!r}>",
+        "codes_desc": f"tensordesc<u8[{s.chunk_rows},256],{plain!r}>",
         "words_desc": f"tensordesc<u8[{s.words_rows},256],{plain!r}>",
         "out_ptr": "*bf16" if s.gated else "*fp32",
     } | TYPES

@@ -126,7 +126,7 @@ def run(kernel, x, weight, bias, routing, out, activation, programs=3):
     )  # fmt: skip
     descs = (
         gluon_on_cpu.matrix_descriptor(x, [m // 2, 64]),
-        gluon_on_cpu.descriptor(weight.tiles, 16),
+        gluon_on_cpu.descriptor(weight.tiles, s.chunk_rows),
         gluon_on_cpu.descriptor(weight.tiles, s.words_rows),
     )
     pointers = tuple(gluon_on_cpu.pointer(t.contiguous()) for t in tensors)
