@@ -131,8 +131,8 @@ class Prefill:
         block_rows = self._rows_per_block(len(x_TD))
         routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
         activation = Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True)
-        x_TD_16 = normed_TD.to(self.dtype)
+        rounded_TD = normed_TD.to(self.dtype)
         gemm = tile_gemm if isinstance(w.gate_up, TiledExperts) else moe_gemm
-        hidden = gemm.moe_gemm_gate_up(x_TD_16, w.gate_up, w.gate_up_bias, routing, activation)
+        hidden = gemm.moe_gemm_gate_up(rounded_TD, w.gate_up, w.gate_up_bias, routing, activation)
         pairs = gemm.moe_gemm_down(hidden, w.down, w.down_bias, routing)
         add_expert_outputs(pairs, x_TD)

@@ -1,11 +1,12 @@
-"""The persistent program of the grouped GEMM: a warp that copies, three groups of four that multiply.
+"""The persistent program of the grouped GEMM: a warp that copies, groups of four that multiply.
 
 Weights are the left operand, decoded from a tile into registers; x is the right one, read where the
 copy engine has put it. So nothing is written to shared memory but by the copy engine, and no fence
 waits for what is under way. While one group decodes another multiplies.
 
 A program takes one item after the other, as it comes to it: a block of pairs and three units of
-weights, tiles or halves of tiles one below the other, one for each group.
+weights, tiles or halves of tiles one below the other, one for each group. The block's tokens come
+64 columns at a time, which is a step; a block of which at most half is there as half of one.
 """
 
 from triton.experimental import gluon
@@ -18,7 +19,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kernels.persistent.gluon_names import copy_rows, seen_as
 from kernels.tile_gemm.operands import operand, operand_views
+from kernels.tile_gemm.sizes import CONSUMERS, STEP_COLUMNS, STEPS
 
+_EACH = gl.constexpr(CONSUMERS)
+_STEP = gl.constexpr(STEP_COLUMNS)
+_STEPS = gl.constexpr(STEPS)
 UNSCALE = gl.constexpr(2.0**64)  # of what operand() gives, but for scales in fp32
 _DONE = gl.constexpr(-1)
 
@@ -35,14 +40,14 @@ def _copy_units(
     bar = full.index(slot)
     mbarrier.wait(empty.index(slot), ((m // S.unit_slots) & 1) ^ 1)
     tiles = expert * S.tiles_per_expert + S.first_tile + column * S.down
-    for which in gl.static_range(3):
+    for which in gl.static_range(_EACH):
         if first + which >= S.units:
             mbarrier.arrive(bar, count=1)
         else:
             mbarrier.expect(bar, S.unit_bytes)
             at = (tiles + (first + which) // PARTS) * S.tiles.rows
             codes_at = at + (first + which) % PARTS * HEIGHT
-            unit = slot * 3 + which
+            unit = slot * _EACH + which
             for c in gl.static_range(CHUNKS):
                 copy_rows(codes_desc, [codes_at + c * 16, 0], bar, codes.index(unit * CHUNKS + c))
             copy_rows(words_desc, [at + CHUNKS * 16, 0], bar, words.index(unit))
@@ -60,7 +65,7 @@ def producer(work, sources, rings, S: gl.constexpr):
     HALF: gl.constexpr = S.block_rows // 2
     item = gl.program_id(0)
     n = 0  # steps of x so far
-    m = 0  # pairs of tiles
+    m = 0  # slots of units
     i = 0  # items
     more = True
     while more:
@@ -76,19 +81,19 @@ def producer(work, sources, rings, S: gl.constexpr):
         if more:
             following = S.programs + gl.atomic_add(claims, 1, sem="relaxed")
             is_half = gl.load(block_rows + block * M + HALF) == pairs
+            first = item % S.groups * _EACH
             for column in range(S.across):
                 _copy_units(
-                    codes_desc, words_desc, expert, column, item % S.groups * 3, m, codes, words,
-                    full, empty, S,
-                )  # fmt: skip
+                    codes_desc, words_desc, expert, column, first, m, codes, words, full, empty, S
+                )
                 m += 1
-                for step in range(5):
+                for step in range(_STEPS):
                     slot = n % S.x_slots
                     bar = xfull.index(slot)
                     mbarrier.wait(xempty.index(slot), ((n // S.x_slots) & 1) ^ 1)
-                    mbarrier.expect(bar, HALF * 128, pred=is_half)
-                    mbarrier.expect(bar, M * 128, pred=is_half == 0)
-                    at = column * 320 + step * 64
+                    mbarrier.expect(bar, HALF * _STEP * 2, pred=is_half)
+                    mbarrier.expect(bar, M * _STEP * 2, pred=is_half == 0)
+                    at = (column * _STEPS + step) * _STEP
                     copy_rows(x_desc, [block * M, at], bar, xs.index(slot * 2))
                     if is_half == 0:
                         copy_rows(x_desc, [block * M + HALF, at], bar, xs.index(slot * 2 + 1))
@@ -176,9 +181,9 @@ def _item(
     acc = gl.zeros([ROWS, PAIRS], gl.float32, layout=MMA)
     for _ in range(S.across):
         slot = m % S.unit_slots
-        at = slot * 3 + which
+        at = slot * _EACH + which
         mbarrier.wait(full.index(slot), (m // S.unit_slots) & 1)
-        for step in range(5):
+        for step in range(_STEPS):
             x_slot = n % S.x_slots
             if unit < S.units:
                 a = operand(codes, words, at, half, step, MMA, S)
@@ -211,7 +216,7 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     M: gl.constexpr = S.block_rows
-    WORDS: gl.constexpr = S.unit_slots * 3 * S.words_rows * 64
+    WORDS: gl.constexpr = S.unit_slots * _EACH * S.words_rows * 64
     x_blocks = seen_as(xs, gl.bfloat16, [S.x_slots, M, 64], SWIZZLED)
     numbers = seen_as(words, gl.float32, [WORDS, 1], FLAT)
     codes, words = operand_views(codes, words, S)
@@ -227,7 +232,7 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
         more = item >= 0
         if more:
             block = item // S.groups
-            unit = item % S.groups * 3 + which
+            unit = item % S.groups * _EACH + which
             expert = gl.load(block_expert + block)
             if gl.load(block_rows + block * M + M // 2) == pairs:  # the rest is empty
                 n, m = _item(
@@ -236,8 +241,8 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
                 )  # fmt: skip
             else:
                 n, m = _item(
-                    unit, block, expert, which, n, m, work, results, x_blocks, codes, words, numbers,
-                    xfull, xempty, full, empty, M, S,
+                    unit, block, expert, which, n, m, work, results, x_blocks, codes, words,
+                    numbers, xfull, xempty, full, empty, M, S,
                 )  # fmt: skip
 
 
@@ -245,8 +250,8 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
 @gluon.jit(do_not_specialize=["pairs", "blocks"])
 def gemm_kernel(
     x_desc,  # [blocks * M, K] bf16, columns in the order of operands.py
-    codes_desc,
-    words_desc,
+    codes_desc,  # rows of 256 bytes of the tiles, as many at once as a unit's codes of a chunk
+    words_desc,  # as many as a tile's words
     tiles_ptr,  # [E, tiles, bytes]
     bias_ptr,  # [E, N]
     block_expert,  # [blocks] int32; E and more: no work, as all behind it
@@ -264,8 +269,10 @@ def gemm_kernel(
     X: gl.constexpr = S.x_slots
     UNITS: gl.constexpr = S.unit_slots
     xs = gl.allocate_shared_memory(gl.bfloat16, [X * 2, S.block_rows // 2, 64], SWIZZLED)
-    codes = gl.allocate_shared_memory(gl.uint8, [UNITS * 3 * S.tiles.chunks, S.chunk_rows, 256], PLAIN)
-    words = gl.allocate_shared_memory(gl.uint8, [UNITS * 3, S.words_rows, 256], PLAIN)
+    CODES: gl.constexpr = [S.unit_slots * _EACH * S.tiles.chunks, S.chunk_rows, 256]
+    WORDS: gl.constexpr = [S.unit_slots * _EACH, S.words_rows, 256]
+    codes = gl.allocate_shared_memory(gl.uint8, CODES, PLAIN)
+    words = gl.allocate_shared_memory(gl.uint8, WORDS, PLAIN)
     told = gl.allocate_shared_memory(gl.int32, [2, 1], LINE)
     xfull = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
     xempty = gl.allocate_shared_memory(gl.int64, [X, 1], mbarrier.MBarrierLayout())
@@ -275,13 +282,13 @@ def gemm_kernel(
     heard = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for s in gl.static_range(X):
         mbarrier.init(xfull.index(s), count=1)
-        mbarrier.init(xempty.index(s), count=3)
+        mbarrier.init(xempty.index(s), count=_EACH)
     for s in gl.static_range(UNITS):
-        mbarrier.init(full.index(s), count=3)
-        mbarrier.init(empty.index(s), count=3)
+        mbarrier.init(full.index(s), count=_EACH)
+        mbarrier.init(empty.index(s), count=_EACH)
     for s in gl.static_range(2):
         mbarrier.init(tellings.index(s), count=1)
-        mbarrier.init(heard.index(s), count=3)
+        mbarrier.init(heard.index(s), count=_EACH)
     rings = (xs, codes, words, xfull, xempty, full, empty, told, tellings, heard)
     work = (block_expert, block_rows, pairs)
     sources = (x_desc, codes_desc, words_desc, claims, blocks)

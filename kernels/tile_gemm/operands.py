@@ -17,6 +17,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from kernels.persistent.gluon_names import seen_as
+from kernels.tile_gemm.sizes import CONSUMERS, STEPS
+
+_EACH = gl.constexpr(CONSUMERS)
+_STEPS = gl.constexpr(STEPS)
 
 # $0, $1 four weights of row r, $2, $3 of row r + 8; $4 a word, $5 and $6 the scales of both rows.
 _E2M1 = gl.constexpr("""{
@@ -64,18 +68,18 @@ _WORDS = gl.constexpr(gl.BlockedLayout([1, 1, 1, 4], [1, 8, 4, 1], [4, 1, 1, 1],
 def operand_views(codes, words, S: gl.constexpr):
     """The rings of units as they are read: codes of a step or, with 8 bits, of half of one; words
     of a unit's rows one after the other, with 4 bits as [.., 2, 8]."""
-    UNITS: gl.constexpr = S.unit_slots * 3
+    UNITS: gl.constexpr = S.unit_slots * _EACH
     ROWS: gl.constexpr = S.unit_rows
     WORDS: gl.constexpr = UNITS * S.words_rows * 64 // ROWS
     if S.tiles.bits == 4:
         FLAT4: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[3, 2, 1, 0])
         FLAT3: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[2, 1, 0])
-        codes = seen_as(codes, gl.int32, [UNITS * 5, ROWS // 16, 8, 4, 4], FLAT4)
+        codes = seen_as(codes, gl.int32, [UNITS * _STEPS, ROWS // 16, 8, 4, 4], FLAT4)
         words = seen_as(words, gl.int32, [WORDS, ROWS // 16, 2, 8], FLAT3)
     else:
         SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(32, 8, rank=2)
         FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-        codes = seen_as(codes, gl.int8, [UNITS * 10, ROWS, 32], SWIZZLED)
+        codes = seen_as(codes, gl.int8, [UNITS * _STEPS * 2, ROWS, 32], SWIZZLED)
         words = seen_as(words, gl.int32, [WORDS, ROWS], FLAT)
     return codes, words
 
@@ -117,7 +121,7 @@ def _two_rows(words, at, S: gl.constexpr):
 @gluon.jit
 def _e8m0_place(step):
     """The words in which the scales of a step's groups of 32 columns stand, and their bytes."""
-    is_last = step == 4
+    is_last = step == _STEPS - 1
     return (
         gl.where(is_last, 2, 0), gl.where(is_last, 2, 1),
         gl.where(is_last, 0, step), gl.where(is_last, 1, step),
@@ -197,13 +201,13 @@ def operand(codes, words, unit, half, step, MMA: gl.constexpr, S: gl.constexpr):
     ROWS: gl.constexpr = S.unit_rows
     if S.tiles.bits == 4:
         r, r8 = _word_scales(words, unit, half, step, S)
-        a = _of_words(codes.index(unit * 5 + step).load(_WORDS), r, r8, S)
+        a = _of_words(codes.index(unit * _STEPS + step).load(_WORDS), r, r8, S)
     else:  # a thread has eight neighbours in a row
         CODES: gl.constexpr = gl.DistributedLinearLayout(
             [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
             [[16, 0], [32, 0]], [], [S.unit_rows, 32],
         )  # fmt: skip
-        at = unit * 10 + step * 2
+        at = (unit * _STEPS + step) * 2
         low, high = codes.index(at).load(CODES), codes.index(at + 1).load(CODES)
         if S.tiles.scales == "e8m0":
             ROW: gl.constexpr = gl.SliceLayout(1, CODES)

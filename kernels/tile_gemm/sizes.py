@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from kernels.persistent.formats import TILE_COLUMNS, TILE_ROWS, ExpertTiles
 
 STEP_COLUMNS = 64  # of the weights and of x, multiplied at once
+STEPS = TILE_COLUMNS // STEP_COLUMNS
 CONSUMERS = 3  # groups of four warps
 _BARRIER_BYTES = 1 << 10  # of all rings
 # In which the threads of a consumer exchange what they have summed, by the bits of a code.
