@@ -56,7 +56,7 @@ def _copy_units(
 @gluon.jit
 def producer(work, sources, rings, S: gl.constexpr):
     """One warp: claims items, tells the others, and loads what they multiply."""
-    block_expert, block_rows, pairs = work
+    block_expert, block_rows, pairs, groups = work
     x_desc, codes_desc, words_desc, claims, blocks = sources
     xs, codes, words, xfull, xempty, full, empty, told, tellings, heard = rings
     ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
@@ -69,9 +69,9 @@ def producer(work, sources, rings, S: gl.constexpr):
     i = 0  # items
     more = True
     while more:
-        block = gl.minimum(item // S.groups, blocks - 1)
+        block = gl.minimum(item // groups, blocks - 1)
         expert = gl.load(block_expert + block)
-        more = (item < blocks * S.groups) & (expert < S.experts)
+        more = (item < blocks * groups) & (expert < S.experts)
         mbarrier.wait(heard.index(i & 1), ((i >> 1) & 1) ^ 1)
         seen_as(told.index(i & 1), gl.int32, [1], FLAT).store(
             gl.zeros([1], gl.int32, layout=ONE) + gl.where(more, item, _DONE)
@@ -81,7 +81,7 @@ def producer(work, sources, rings, S: gl.constexpr):
         if more:
             following = S.programs + gl.atomic_add(claims, 1, sem="relaxed")
             is_half = gl.load(block_rows + block * M + HALF) == pairs
-            first = item % S.groups * _EACH
+            first = item % groups * _EACH
             for column in range(S.across):
                 _copy_units(
                     codes_desc, words_desc, expert, column, first, m, codes, words, full, empty, S
@@ -116,7 +116,7 @@ def _store(
 ):  # fmt: skip
     """Sums [rows, PAIRS] of a unit with scale and bias: their activation, or times the expert's
     weight."""
-    _, block_rows, pairs = work
+    _, block_rows, pairs, _ = work
     tiles_ptr, bias_ptr, expert_weights, out_ptr = results
     ROWS: gl.constexpr = S.unit_rows
     # Where the threads hand sums to each other: one has four rows that are neighbours.
@@ -210,7 +210,7 @@ def _item(
 @gluon.jit
 def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
     """Four warps: of each item the unit with number `which`."""
-    block_expert, block_rows, pairs = work
+    block_expert, block_rows, pairs, groups = work
     xs, codes, words, xfull, xempty, full, empty, told, tellings, heard = rings
     SWIZZLED: gl.constexpr = gl.NVMMASharedLayout(128, 16, rank=2)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
@@ -231,8 +231,8 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
         i += 1
         more = item >= 0
         if more:
-            block = item // S.groups
-            unit = item % S.groups * _EACH + which
+            block = item // groups
+            unit = item % groups * _EACH + which
             expert = gl.load(block_expert + block)
             if gl.load(block_rows + block * M + M // 2) == pairs:  # the rest is empty
                 n, m = _item(
@@ -247,7 +247,7 @@ def consumer(which: gl.constexpr, work, results, rings, S: gl.constexpr):
 
 
 # Grid: one program a processor.
-@gluon.jit(do_not_specialize=["pairs", "blocks"])
+@gluon.jit(do_not_specialize=["pairs", "blocks", "groups"])
 def gemm_kernel(
     x_desc,  # [blocks * M, K] bf16, columns in the order of operands.py
     codes_desc,  # rows of 256 bytes of the tiles, as many at once as a unit's codes of a chunk
@@ -261,6 +261,7 @@ def gemm_kernel(
     out_ptr,  # [blocks * M, F] bf16 in the order of x if gated, else [pairs, N] fp32
     pairs,
     blocks,
+    groups,  # S.groups, not as a constant: the compiler fails where it is one
     S: gl.constexpr,
 ):
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, 8, rank=2)
@@ -290,7 +291,7 @@ def gemm_kernel(
         mbarrier.init(tellings.index(s), count=1)
         mbarrier.init(heard.index(s), count=_EACH)
     rings = (xs, codes, words, xfull, xempty, full, empty, told, tellings, heard)
-    work = (block_expert, block_rows, pairs)
+    work = (block_expert, block_rows, pairs, groups)
     sources = (x_desc, codes_desc, words_desc, claims, blocks)
     results = (tiles_ptr, bias_ptr, expert_weights, out_ptr)
     gl.warp_specialize(

@@ -179,6 +179,7 @@ def _launch(
         out,
         routing.expert_weights.numel(),
         blocks,
+        s.groups,
         S=s,
         num_warps=4,
     )

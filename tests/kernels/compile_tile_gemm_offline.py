@@ -1,9 +1,9 @@
 """Compile the grouped GEMM over tiles for sm_90 without a GPU; one JSON line a kernel.
 
-    python tests/kernels/compile_tile_gemm_offline.py mxfp4 nvfp4
+    python tests/kernels/compile_tile_gemm_offline.py mxfp4 nvfp4 mxfp4:64
 
-Sizes are those of gpt-oss-20b, its experts in the formats that are named. In a process of its own,
-because the tests of values have Triton's interpreter on.
+Experts are those of gpt-oss-20b in the format that is named, or as wide as the number behind it. In
+a process of its own, because the tests of values have Triton's interpreter on.
 """
 
 import json
@@ -23,20 +23,20 @@ from kernels.tile_gemm.kernel import gemm_kernel
 from kernels.tile_gemm.sizes import GemmSizes
 from tests.kernels.compile_offline import resource_usage
 
-WIDTH, EXPERTS, SHARED_BYTES = 2880, 32, 227 << 10
+EXPERTS, SHARED_BYTES = 32, 227 << 10
 TYPES = {
     "tiles_ptr": "*u8", "bias_ptr": "*bf16", "block_expert": "*i32", "block_rows": "*i32",
-    "expert_weights": "*fp32", "claims": "*i32", "pairs": "i32", "blocks": "i32", "S": "constexpr",
+    "expert_weights": "*fp32", "claims": "*i32", "pairs": "i32", "blocks": "i32", "groups": "i32", "S": "constexpr",
 }  # fmt: skip
 
 
-def sizes(experts_in: str, block_rows: int, *, gated: bool) -> GemmSizes:
+def sizes(experts_in: str, width: int, block_rows: int, *, gated: bool) -> GemmSizes:
     """As kernels/tile_gemm/launch.py makes them on an H100."""
-    up, down = tiles_of(2 * WIDTH, WIDTH), tiles_of(WIDTH, WIDTH)
+    up, down = tiles_of(2 * width, width), tiles_of(width, width)
     return GemmSizes(
-        rows=2 * WIDTH if gated else WIDTH, columns=WIDTH, experts=EXPERTS,
+        rows=2 * width if gated else width, columns=width, experts=EXPERTS,
         tiles_per_expert=up + down, first_tile=0 if gated else up, tiles=EXPERT_TILES[experts_in],
-        block_rows=block_rows, out_columns=WIDTH, gated=gated, limit=7.0, alpha=1.702, offset=1.0,
+        block_rows=block_rows, out_columns=width, gated=gated, limit=7.0, alpha=1.702, offset=1.0,
         programs=132,
     ).with_rings(SHARED_BYTES)  # fmt: skip
 
@@ -67,9 +67,10 @@ def compile_for(s: GemmSizes) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    for argument in sys.argv[1:]:
+        name, _, width = argument.partition(":")
         for block_rows in (64, 128) if EXPERT_TILES[name].bits == 4 else (64,):
             for gated in (True, False):
-                found = compile_for(sizes(name, block_rows, gated=gated))
-                what = {"experts": name, "block_rows": block_rows, "gated": gated}
+                found = compile_for(sizes(name, int(width or 2880), block_rows, gated=gated))
+                what = {"experts": argument, "block_rows": block_rows, "gated": gated}
                 print(json.dumps(what | found), flush=True)

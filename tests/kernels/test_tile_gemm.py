@@ -130,7 +130,7 @@ def run(kernel, x, weight, bias, routing, out, activation, programs=3):
         gluon_on_cpu.descriptor(weight.tiles, s.words_rows),
     )
     pointers = tuple(gluon_on_cpu.pointer(t.contiguous()) for t in tensors)
-    sizes = (routing.expert_weights.numel(), len(routing.block_expert))
+    sizes = (routing.expert_weights.numel(), len(routing.block_expert), s.groups)
     gluon_on_cpu.launch(kernel, programs, (*descs, *pointers, *sizes, s))
 
 
