@@ -26,7 +26,8 @@ from tests.kernels.compile_offline import resource_usage
 EXPERTS, SHARED_BYTES = 32, 227 << 10
 TYPES = {
     "tiles_ptr": "*u8", "bias_ptr": "*bf16", "block_expert": "*i32", "block_rows": "*i32",
-    "expert_weights": "*fp32", "claims": "*i32", "pairs": "i32", "blocks": "i32", "groups": "i32", "S": "constexpr",
+    "expert_weights": "*fp32", "claims": "*i32", "pairs": "i32", "blocks": "i32", "groups": "i32",
+    "S": "constexpr",
 }  # fmt: skip
 
 

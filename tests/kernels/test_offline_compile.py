@@ -75,4 +75,4 @@ def test_the_gemm_over_tiles_compiles_and_fits(tmp_path):
     assert len(kernels) == 2 * (2 + 2 + 1 + 1 + 2)
     for found in kernels:
         assert found["shared_bytes"] <= found["planned_shared_bytes"] <= SHARED_LIMIT[90], found
-        assert found["stack_bytes"] <= 32, found
+        assert found["stack_bytes"] <= 64, found  # Triton 3.6: at most 8
