@@ -15,13 +15,15 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.moe_routing import Routing
-from kernels.persistent.formats import ROW_BYTES
+from kernels.persistent.formats import EXPERT_TILES, ROW_BYTES
 from kernels.persistent.pack import TiledExperts
 from kernels.swiglu import Swiglu
 from kernels.tile_gemm.kernel import gemm_kernel
 from kernels.tile_gemm.sizes import STEP_COLUMNS, GemmSizes
 
 COLUMNS_IN_TURN = 32  # in which x_order changes the order of columns
+_PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
+_SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
 # A program copies a row's token into its place, its columns in the order of operands.py.
@@ -129,16 +131,33 @@ def gemm_sizes(
     shared_bytes: int,
 ) -> GemmSizes:
     """Of one half of a layer's experts, with blocks of m rows."""
-    experts, rows, columns = weight.shape
-    assert columns % COLUMNS_IN_TURN == 0 and rows % COLUMNS_IN_TURN == 0, weight.shape
+    tiles = weight.format.name, weight.tiles.shape[1], weight.first_tile
+    return _sizes(*weight.shape, *tiles, m, out_columns, activation, programs, shared_bytes)
+
+
+@functools.cache  # all layers have the same
+def _sizes(
+    experts: int,
+    rows: int,
+    columns: int,
+    format: str,
+    tiles_per_expert: int,
+    first_tile: int,
+    m: int,
+    out_columns: int,
+    activation: Swiglu | None,
+    programs: int,
+    shared_bytes: int,
+) -> GemmSizes:
+    assert columns % COLUMNS_IN_TURN == 0 and rows % COLUMNS_IN_TURN == 0, (rows, columns)
     gated = activation or Swiglu()
     return GemmSizes(
         rows=rows,
         columns=columns,
         experts=experts,
-        tiles_per_expert=weight.tiles.shape[1],
-        first_tile=weight.first_tile,
-        tiles=weight.facts,
+        tiles_per_expert=tiles_per_expert,
+        first_tile=first_tile,
+        tiles=EXPERT_TILES[format],
         block_rows=m,
         out_columns=out_columns,
         gated=activation is not None,
@@ -159,15 +178,13 @@ def _launch(
 ) -> None:
     blocks, m = routing.block_rows.shape
     s = gemm_sizes(weight, m, out.shape[1], activation, *_processors_and_shared_bytes(x.device))
-    plain = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
-    swizzled = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     rows = weight.tiles.view(-1, ROW_BYTES)
 
     def copied(height: int) -> TensorDescriptor:
-        return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], plain)
+        return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], _PLAIN)
 
     gemm_kernel[(s.programs,)](
-        TensorDescriptor(x, list(x.shape), list(x.stride()), [m // 2, STEP_COLUMNS], swizzled),
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [m // 2, STEP_COLUMNS], _SWIZZLED),
         copied(s.chunk_rows),
         copied(s.words_rows),
         weight.tiles,

@@ -1,9 +1,9 @@
-"""Short prompts as CUDA graphs: launching their kernels one by one takes the host longer than they
-take the GPU.
+"""Prompts as CUDA graphs: launching their kernels one by one takes the host longer than they take
+the GPU.
 
-A prompt is padded to one of a few lengths. What padding leaves in the cache stands behind the
-prompt, where nothing looks before it is overwritten. All prompts of up to the largest length are
-padded, captured or not: a prompt always runs the same kernels and leaves the same bits.
+A prompt of one chunk is padded to one of a few lengths. What padding leaves in the cache stands
+behind the prompt, where nothing looks before it is overwritten. All prompts of up to the largest
+length are padded, captured or not: a prompt always runs the same kernels and leaves the same bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,9 @@ from torch import Tensor
 
 from moe_runtime.gpu.captured_step import Prompts
 
-LENGTHS = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_SHORT = (4, 8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+# From 512 on in steps of at most an eighth: padding takes the GPU as long as tokens do.
+LENGTHS = (*_SHORT, *range(576, 1024, 64), *range(1024, 2049, 128))
 _SPARE_BYTES = 256 << 20  # of the GPU's memory, that captured graphs leave free
 
 

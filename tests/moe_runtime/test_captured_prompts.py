@@ -1,4 +1,4 @@
-"""Short prompts are padded, and what padding leaves behind is never seen."""
+"""Prompts are padded, and what padding leaves behind is never seen."""
 
 import warnings
 
@@ -26,14 +26,16 @@ class Recorded:
 
 @pytest.mark.parametrize(
     ("tokens", "most", "padded"),
-    [(1, 2048, 4), (4, 2048, 4), (5, 2048, 8), (512, 2048, 512), (513, 2048, None), (5, 7, None)],
+    [(1, 2048, 4), (4, 2048, 4), (5, 2048, 8), (512, 2048, 512), (513, 2048, 576), (5, 7, None)]
+    + [(1030, 2048, 1152), (2048, 2048, 2048), (2049, 4096, None), (2048, 2040, None)],
 )
 def test_padded_length(tokens, most, padded):
     assert padded_length(tokens, most) == padded
 
 
-def test_few_lengths_serve_all_short_prompts():
-    assert {padded_length(n, 2048) for n in range(1, 513)} == set(LENGTHS)
+def test_few_lengths_serve_all_prompts_of_a_chunk():
+    assert {padded_length(n, 2048) for n in range(1, 2049)} == set(LENGTHS)
+    assert all(padded_length(n, 2048) < 1.126 * n for n in range(512, 2049))
 
 
 def test_the_last_token_is_repeated_and_its_rows_are_dropped():
@@ -42,8 +44,8 @@ def test_the_last_token_is_repeated_and_its_rows_are_dropped():
     (residual,) = captured.run(torch.tensor([7, 8, 9, 10, 11]))
     assert prompts.given == [[7, 8, 9, 10, 11, 11, 11, 11]]
     assert residual[:, 0].tolist() == [7, 8, 9, 10, 11]
-    (residual,) = captured.run(torch.arange(600))
-    assert prompts.given[1] == list(range(600)) and len(residual) == 600
+    (residual,) = captured.run(torch.arange(2100))
+    assert prompts.given[1] == list(range(2100)) and len(residual) == 2100
 
 
 def test_a_context_without_room_for_padding():
