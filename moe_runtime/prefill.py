@@ -12,6 +12,7 @@ T tokens of a chunk, D model width, E experts, K experts per token.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +26,6 @@ from kernels.rms_norm import rms_norm
 from kernels.rope_kv import rope_and_cache
 from kernels.sink_attention_prefill import rows_per_program, sink_attention_prefill
 from kernels.swiglu import Swiglu
-from kernels.tile_gemm import launch as tile_gemm
 from moe_runtime.cache import KVCache
 from moe_runtime.config import ModelConfig
 from moe_runtime.decode import LayerWeights, ModelWeights
@@ -47,6 +47,11 @@ class Prefill:
     ) -> None:
         self.config, self.weights, self.cache, self.rope = config, weights, cache, rope
         self.chunk = chunk
+        self._gemm: ModuleType = moe_gemm
+        if isinstance(weights.layers[0].gate_up, TiledExperts):
+            from kernels.tile_gemm import launch as tile_gemm  # needs Gluon
+
+            self._gemm = tile_gemm
         # Routing is decided in fp32, as the decode step does: a rounded logit flips experts.
         self._routers = [w.router.float() for w in weights.layers]
         self._router_biases = [w.router_bias.float() for w in weights.layers]
@@ -95,7 +100,7 @@ class Prefill:
     def _rows_per_block(self, tokens: int) -> int:
         c, experts = self.config, self.weights.layers[0].gate_up
         if isinstance(experts, TiledExperts):
-            return tile_gemm.block_rows(tokens, c.experts_per_token, experts)
+            return int(self._gemm.block_rows(tokens, c.experts_per_token, experts))
         return rows_per_block(tokens, c.experts_per_token, c.num_experts)
 
     def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:
@@ -132,7 +137,7 @@ class Prefill:
         routing = route_tokens(logits_TE, c.experts_per_token, block_rows)
         activation = Swiglu(c.swiglu_limit, c.swiglu_alpha, offset=1.0, alternating=True)
         rounded_TD = normed_TD.to(self.dtype)
-        gemm = tile_gemm if isinstance(w.gate_up, TiledExperts) else moe_gemm
-        hidden = gemm.moe_gemm_gate_up(rounded_TD, w.gate_up, w.gate_up_bias, routing, activation)
-        pairs = gemm.moe_gemm_down(hidden, w.down, w.down_bias, routing)
+        experts = w.gate_up, w.gate_up_bias
+        hidden = self._gemm.moe_gemm_gate_up(rounded_TD, *experts, routing, activation)
+        pairs = self._gemm.moe_gemm_down(hidden, w.down, w.down_bias, routing)
         add_expert_outputs(pairs, x_TD)

@@ -22,6 +22,7 @@ from kernels.tile_gemm.kernel import gemm_kernel
 from kernels.tile_gemm.sizes import STEP_COLUMNS, GemmSizes
 
 COLUMNS_IN_TURN = 32  # in which x_order changes the order of columns
+_SHARED_BYTES = 227 << 10  # of a program on Hopper
 _PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
@@ -74,19 +75,8 @@ def moe_gemm_gate_up(
     4 * T * K * F * D operations set its time; with few tokens, the bytes of the chosen experts.
     """
     assert activation.alternating, activation
-    width, (blocks, m) = x_TD.shape[1], routing.block_rows.shape
-    x = x_TD.new_empty((blocks * m, width), dtype=torch.bfloat16)
-    _gather_kernel[(blocks * m,)](
-        x_TD,
-        routing.block_rows,
-        x,
-        routing.expert_weights.numel(),
-        D=width,
-        K=routing.expert_weights.shape[1],
-        BITS=gate_up.facts.bits,
-        BLOCK_D=triton.next_power_of_2(width),
-    )
-    out = x.new_empty((blocks * m, gate_up.shape[1] // 2))
+    x = gathered(x_TD, routing, gate_up.facts.bits)
+    out = x.new_empty((len(x), gate_up.shape[1] // 2))
     _launch(x, gate_up, bias, routing, out, activation)
     return out
 
@@ -107,6 +97,27 @@ def moe_gemm_down(hidden: Tensor, down: TiledExperts, bias: Tensor, routing: Rou
     return out
 
 
+def gathered(x_TD: Tensor, routing: Routing, bits: int) -> Tensor:
+    """[B * M, D] bf16: the token of each row of the blocks, columns in x_order; rows without work
+    hold anything.
+
+    Writes 2 * T * K * D bytes.
+    """
+    width, top_k = x_TD.shape[1], routing.expert_weights.shape[1]
+    x = x_TD.new_empty((routing.block_rows.numel(), width), dtype=torch.bfloat16)
+    _gather_kernel[(len(x),)](
+        x_TD,
+        routing.block_rows,
+        x,
+        routing.expert_weights.numel(),
+        D=width,
+        K=top_k,
+        BITS=bits,
+        BLOCK_D=triton.next_power_of_2(width),
+    )
+    return x
+
+
 def x_order(columns: int, bits: int) -> Tensor:
     """[columns] int64: which column stands at each place, for weights with codes of `bits`."""
     k = torch.arange(columns)
@@ -117,9 +128,8 @@ def x_order(columns: int, bits: int) -> Tensor:
 
 
 @functools.cache
-def _processors_and_shared_bytes(device: torch.device) -> tuple[int, int]:
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, found.shared_memory_per_block_optin
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def gemm_sizes(
@@ -128,11 +138,10 @@ def gemm_sizes(
     out_columns: int,
     activation: Swiglu | None,
     programs: int,
-    shared_bytes: int,
 ) -> GemmSizes:
     """Of one half of a layer's experts, with blocks of m rows."""
     tiles = weight.format.name, weight.tiles.shape[1], weight.first_tile
-    return _sizes(*weight.shape, *tiles, m, out_columns, activation, programs, shared_bytes)
+    return _sizes(*weight.shape, *tiles, m, out_columns, activation, programs)
 
 
 @functools.cache  # all layers have the same
@@ -147,7 +156,6 @@ def _sizes(
     out_columns: int,
     activation: Swiglu | None,
     programs: int,
-    shared_bytes: int,
 ) -> GemmSizes:
     assert columns % COLUMNS_IN_TURN == 0 and rows % COLUMNS_IN_TURN == 0, (rows, columns)
     gated = activation or Swiglu()
@@ -165,7 +173,7 @@ def _sizes(
         alpha=gated.alpha,
         offset=gated.offset,
         programs=programs,
-    ).with_rings(shared_bytes)
+    ).with_rings(_SHARED_BYTES)
 
 
 def _launch(
@@ -177,7 +185,7 @@ def _launch(
     activation: Swiglu | None,
 ) -> None:
     blocks, m = routing.block_rows.shape
-    s = gemm_sizes(weight, m, out.shape[1], activation, *_processors_and_shared_bytes(x.device))
+    s = gemm_sizes(weight, m, out.shape[1], activation, _processors(x.device))
     rows = weight.tiles.view(-1, ROW_BYTES)
 
     def copied(height: int) -> TensorDescriptor:

@@ -1,9 +1,9 @@
 """Compile the grouped GEMM over tiles for sm_90 without a GPU; one JSON line a kernel.
 
-    python tests/kernels/compile_tile_gemm_offline.py mxfp4 nvfp4 mxfp4:64
+    python tests/kernels/compile_tile_gemm_offline.py mxfp4:128 nvfp4:64 mxfp4:64:96
 
-Experts are those of gpt-oss-20b in the format that is named, or as wide as the number behind it. In
-a process of its own, because the tests of values have Triton's interpreter on.
+Behind the experts' format stands how many pairs a block has, then how wide model and experts are if
+not as gpt-oss. In a process of its own, because the tests of values have Triton's interpreter on.
 """
 
 import json
@@ -69,9 +69,7 @@ def compile_for(s: GemmSizes) -> dict[str, int]:
 
 if __name__ == "__main__":
     for argument in sys.argv[1:]:
-        name, _, width = argument.partition(":")
-        for block_rows in (64, 128) if EXPERT_TILES[name].bits == 4 else (64,):
-            for gated in (True, False):
-                found = compile_for(sizes(name, int(width or 2880), block_rows, gated=gated))
-                what = {"experts": argument, "block_rows": block_rows, "gated": gated}
-                print(json.dumps(what | found), flush=True)
+        name, block_rows, *width = argument.split(":")
+        for gated in (True, False):
+            s = sizes(name, int(width[0]) if width else 2880, int(block_rows), gated=gated)
+            print(json.dumps({"experts": argument, "gated": gated} | compile_for(s)), flush=True)

@@ -11,7 +11,7 @@ from kernels.reference import moe_gemm as twin
 from kernels.swiglu import Swiglu
 from kernels.tile_gemm import operands as operand_ptx
 from kernels.tile_gemm.kernel import UNSCALE
-from kernels.tile_gemm.launch import gemm_sizes, x_order
+from kernels.tile_gemm.launch import gathered, gemm_sizes, x_order
 from quant.formats import FORMATS
 from tests.kernels import gluon_on_cpu
 from tests.kernels.gluon_on_cpu import BF16, Emulated, T, raw
@@ -20,11 +20,10 @@ from tests.kernels.test_persistent_pack import E2M1, every_byte, experts_in
 from tests.tolerances import assert_close
 
 ACTIVATION = Swiglu(7.0, 1.702, offset=1.0, alternating=True)
-SHARED_BYTES = 227 << 10
 
 
 def words_of(x):
-    return torch.from_numpy(np.ascontiguousarray(x)).flatten().long() & 0xFFFFFFFF
+    return torch.from_numpy(np.array(x)).flatten().long() & 0xFFFFFFFF
 
 
 def int32(bits, shape):
@@ -119,7 +118,7 @@ def kernel():
 
 def run(kernel, x, weight, bias, routing, out, activation, programs=3):
     m = routing.block_rows.shape[1]
-    s = gemm_sizes(weight, m, out.shape[1], activation, programs, SHARED_BYTES)
+    s = gemm_sizes(weight, m, out.shape[1], activation, programs)
     tensors = (
         weight.tiles, bias, routing.block_expert, routing.block_rows, routing.expert_weights,
         torch.zeros(1, dtype=torch.int32), out,
@@ -184,6 +183,17 @@ def test_both_halves(kernel, tokens, experts, top_k, width, expert_width, block_
     assert_close(hidden, expected, "moe_gemm_mxfp4_bf16")
     expected = twin.moe_gemm_down(hidden, plain[1], biases[1], routing)
     assert_close(outputs, expected, "moe_gemm_mxfp4_bf16")
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_tokens_are_gathered(bits):
+    x = torch.randn(20, 96).bfloat16()  # the interpreter rounds in a way of its own
+    routing = route_tokens(torch.randn(20, 5), 2, 64)
+    rows = gathered(x, routing, bits)
+    pair = routing.block_rows.flatten()
+    working = pair < 40
+    assert torch.equal(rows[working], x[pair[working] // 2][:, x_order(96, bits)])
+    assert x_order(96, bits).unique().numel() == 96
 
 
 def test_one_percent_is_seen(kernel):
