@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 import triton
@@ -489,6 +490,29 @@ def resource_usage(cubin: bytes) -> dict[str, int]:
             [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
         )
     return {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", done.stdout)}
+
+
+def compile_gluon(
+    kernel: JITFunction, signature: dict[str, str], constants: dict[str, Any], **options: Any
+) -> dict[str, int]:
+    """What the compiler says of a Gluon kernel for sm_90: registers, stack and shared memory in
+    bytes.
+
+    signature: "*bf16", "i32", "constexpr", .. by the name of an argument, in the kernel's order
+    """
+    from triton.experimental.gluon._runtime import GluonASTSource  # not with every Triton
+
+    aligned = {
+        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
+    }
+    source = GluonASTSource(kernel, signature, constants, aligned)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = resource_usage(made.asm["cubin"])
+    return {
+        "registers": usage["REG"],
+        "stack_bytes": usage["STACK"],
+        "shared_bytes": made.metadata.shared,
+    }
 
 
 if __name__ == "__main__":

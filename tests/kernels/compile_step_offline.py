@@ -12,17 +12,14 @@ import json
 import pathlib
 import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
 from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.sizes import StepSizes
 from kernels.persistent.step import step_kernel
-from tests.kernels.compile_offline import resource_usage
+from tests.kernels.compile_offline import compile_gluon
 
 SHARED_BYTES = 227 << 10  # that a program may have
 MODELS = {"gpt-oss-20b": (24, 32), "gpt-oss-120b": (36, 128)}  # layers, experts
@@ -62,19 +59,9 @@ def compile_for(s: StepSizes, *, traced: bool = False) -> dict[str, int]:
         else:
             signature[name] = OTHERS.get(name, "*fp32" if name in FP32 else "*bf16")
     constants = {"S": s} | ({} if traced else {"trace_ptr": None})
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
-    }
-    source = GluonASTSource(step_kernel, signature, constants, aligned)
     options = {"num_warps": 8, "launch_cooperative_grid": True}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    usage = resource_usage(made.asm["cubin"])
-    return {
-        "registers": usage["REG"],
-        "stack_bytes": usage["STACK"],
-        "shared_bytes": made.metadata.shared,
-        "planned_shared_bytes": s.shared_bytes,
-    }
+    found = compile_gluon(step_kernel, signature, constants, **options)
+    return found | {"planned_shared_bytes": s.shared_bytes}
 
 
 if __name__ == "__main__":

@@ -10,10 +10,7 @@ import json
 import pathlib
 import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon._runtime import GluonASTSource
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2]))
 
@@ -21,7 +18,7 @@ from kernels.persistent.formats import EXPERT_TILES
 from kernels.persistent.pack import tiles_of
 from kernels.tile_gemm.kernel import gemm_kernel
 from kernels.tile_gemm.sizes import GemmSizes
-from tests.kernels.compile_offline import resource_usage
+from tests.kernels.compile_offline import compile_gluon
 
 EXPERTS, SHARED_BYTES = 32, 227 << 10
 TYPES = {
@@ -53,18 +50,8 @@ def compile_for(s: GemmSizes) -> dict[str, int]:
         "out_ptr": "*bf16" if s.gated else "*fp32",
     } | TYPES
     signature = {name: signature[name] for name in gemm_kernel.arg_names}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, t in enumerate(signature.values()) if t[0] == "*"
-    }
-    source = GluonASTSource(gemm_kernel, signature, {"S": s}, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    usage = resource_usage(made.asm["cubin"])
-    return {
-        "registers": usage["REG"],
-        "stack_bytes": usage["STACK"],
-        "shared_bytes": made.metadata.shared,
-        "planned_shared_bytes": s.shared_bytes,
-    }
+    found = compile_gluon(gemm_kernel, signature, {"S": s}, num_warps=4)
+    return found | {"planned_shared_bytes": s.shared_bytes}
 
 
 if __name__ == "__main__":
