@@ -67,12 +67,12 @@ def test_the_gemm_over_tiles_compiles_and_fits(tmp_path):
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
     tool = TOOL.with_name("compile_tile_gemm_offline.py")
     done = subprocess.run(
-        [sys.executable, str(tool), "mxfp4:128", "nvfp4:64", "fp8_row:64", "mxfp4:64:96"],
+        [sys.executable, str(tool), "mxfp4:128", "fp8_row:64:96"],
         env=environment, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) == 8
+    assert len(kernels) == 4
     for found in kernels:
         assert found["shared_bytes"] <= found["planned_shared_bytes"] <= SHARED_LIMIT[90], found
         assert found["stack_bytes"] <= 64, found  # Triton 3.6: at most 8
