@@ -100,7 +100,7 @@ class Prefill:
     def _rows_per_block(self, tokens: int) -> int:
         c, experts = self.config, self.weights.layers[0].gate_up
         if isinstance(experts, TiledExperts):
-            return int(self._gemm.block_rows(tokens, c.experts_per_token, experts))
+            return int(self._gemm.rows_per_block(tokens, c.experts_per_token, experts))
         return rows_per_block(tokens, c.experts_per_token, c.num_experts)
 
     def _attend(self, layer: int, w: LayerWeights, x_TD: Tensor) -> None:

@@ -17,6 +17,7 @@ from kernels.persistent.step import step_kernel
 from kernels.sampling import SamplingState
 
 CACHE_UNIT = 64  # numbers in which the cache table counts
+_PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,7 @@ def arguments(
 def copied(memory: Tensor, height: int) -> TensorDescriptor:
     """Rows of 256 bytes of a buffer, copied `height` at a time."""
     rows = memory.view(torch.uint8).view(-1, ROW_BYTES)
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
-    return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], layout)
+    return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], _PLAIN)
 
 
 def descriptors(sizes: StepSizes, weights: StepWeights) -> tuple[TensorDescriptor, ...]:

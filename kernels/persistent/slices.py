@@ -82,15 +82,24 @@ def gate_up_slice(x_ptr, norm_ptr, count, column, S: gl.constexpr):
 
 
 @gluon.jit
+def swiglu(gate, up, LIMIT: gl.constexpr, ALPHA: gl.constexpr, OFFSET: gl.constexpr):
+    """The activation of fp32 tensors, as kernels/swiglu.py has it for Triton; LIMIT may be None."""
+    if LIMIT is not None:
+        gate = gl.minimum(gate, LIMIT)
+        up = gl.minimum(gl.maximum(up, -LIMIT), LIMIT)
+    return gate / (1.0 + gl.exp(-ALPHA * gate)) * (up + OFFSET)
+
+
+@gluon.jit
 def down_slice(sums_ptr, factor, column, S: gl.constexpr):
     """320 activations of an expert, [16, 32]."""
     _, inside, k = _places(column, 32)
     inside = inside & (k < S.hidden)
     k = gl.minimum(k, S.hidden - 1)
     gate, up = wait_for_two_sums(sums_ptr + 2 * k, sums_ptr + 2 * k + 1, S.gate_up_columns)
-    gate = gl.minimum(gate * factor, S.limit)
-    up = gl.minimum(gl.maximum(up * factor, -S.limit), S.limit)
-    hidden = gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + 1.0)
+    LIMIT: gl.constexpr = S.limit
+    ALPHA: gl.constexpr = S.alpha
+    hidden = swiglu(gate * factor, up * factor, LIMIT, ALPHA, 1.0)
     return gl.where(inside, hidden, 0.0)
 
 

@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.persistent.gluon_names import copy_rows, seen_as
+from kernels.persistent.slices import swiglu
 from kernels.tile_gemm.operands import operand, operand_views
 from kernels.tile_gemm.sizes import CONSUMERS, STEP_COLUMNS, STEPS
 
@@ -102,14 +103,6 @@ def producer(work, sources, rings, S: gl.constexpr):
 
 
 @gluon.jit
-def _activation(gate, up, S: gl.constexpr):
-    if S.limit is not None:
-        gate = gl.minimum(gate, S.limit)
-        up = gl.minimum(gl.maximum(up, -S.limit), S.limit)
-    return gate / (1.0 + gl.exp(-S.alpha * gate)) * (up + S.offset)
-
-
-@gluon.jit
 def _store(
     acc, unit, block, expert, work, results, MMA: gl.constexpr, PAIRS: gl.constexpr,
     S: gl.constexpr,
@@ -146,7 +139,10 @@ def _store(
     acc = gl.convert_layout(acc * factor + bias.to(gl.float32)[:, None], BY_ROWS)
     if S.gated:
         gate, up = gl.split(acc.reshape([ROWS // 2, 2, PAIRS]).permute([0, 2, 1]))
-        hidden = _activation(gate, up, S)
+        LIMIT: gl.constexpr = S.limit
+        ALPHA: gl.constexpr = S.alpha
+        OFFSET: gl.constexpr = S.offset
+        hidden = swiglu(gate, up, LIMIT, ALPHA, OFFSET)
         # In the order in which the next product reads columns, see operands.py.
         if S.tiles.bits == 4:
             hidden = hidden.reshape([ROWS // 32, 4, 2, 2, PAIRS]).permute([0, 2, 1, 3, 4])

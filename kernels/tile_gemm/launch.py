@@ -15,7 +15,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.moe_routing import Routing
-from kernels.persistent.formats import EXPERT_TILES, ROW_BYTES
+from kernels.persistent.formats import EXPERT_TILES
+from kernels.persistent.launch import copied
 from kernels.persistent.pack import TiledExperts
 from kernels.swiglu import Swiglu
 from kernels.tile_gemm.kernel import gemm_kernel
@@ -23,7 +24,6 @@ from kernels.tile_gemm.sizes import STEP_COLUMNS, GemmSizes
 
 COLUMNS_IN_TURN = 32  # in which x_order changes the order of columns
 _SHARED_BYTES = 227 << 10  # of a program on Hopper
-_PLAIN = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=8, rank=2)
 _SWIZZLED = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
 
 
@@ -52,7 +52,7 @@ def _gather_kernel(
         tl.store(out_ptr + row.to(tl.int64) * D + d, tl.reshape(x, (BLOCK_D,)), mask=d < D)
 
 
-def block_rows(tokens: int, experts_per_token: int, weight: TiledExperts) -> int:
+def rows_per_block(tokens: int, experts_per_token: int, weight: TiledExperts) -> int:
     """M: rows of a block. Decoding weights costs more than products with empty rows."""
     share = tokens * experts_per_token / weight.shape[0]
     # With 8 bits too little of x would have room.
@@ -186,15 +186,10 @@ def _launch(
 ) -> None:
     blocks, m = routing.block_rows.shape
     s = gemm_sizes(weight, m, out.shape[1], activation, _processors(x.device))
-    rows = weight.tiles.view(-1, ROW_BYTES)
-
-    def copied(height: int) -> TensorDescriptor:
-        return TensorDescriptor(rows, list(rows.shape), [ROW_BYTES, 1], [height, ROW_BYTES], _PLAIN)
-
     gemm_kernel[(s.programs,)](
         TensorDescriptor(x, list(x.shape), list(x.stride()), [m // 2, STEP_COLUMNS], _SWIZZLED),
-        copied(s.chunk_rows),
-        copied(s.words_rows),
+        copied(weight.tiles, s.chunk_rows),
+        copied(weight.tiles, s.words_rows),
         weight.tiles,
         bias,
         routing.block_expert,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kernels.persistent.formats import TILE_COLUMNS, TILE_ROWS, ExpertTiles
+from kernels.persistent.formats import ROW_BYTES, TILE_COLUMNS, TILE_ROWS, ExpertTiles
 
 STEP_COLUMNS = 64  # of the weights and of x, multiplied at once
 STEPS = TILE_COLUMNS // STEP_COLUMNS
@@ -77,7 +77,7 @@ class GemmSizes:
     @property
     def unit_bytes(self) -> int:
         """Of a unit of a tile in a slot: its codes and all words of the tile."""
-        return (self.tiles.chunks * self.chunk_rows + self.words_rows) * 256
+        return (self.tiles.chunks * self.chunk_rows + self.words_rows) * ROW_BYTES
 
     @property
     def shared_bytes(self) -> int:
